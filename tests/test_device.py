@@ -1,0 +1,190 @@
+"The device and compiler that `import tinyvllm` settles on, each in a fresh process with its own environment."
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinyvllm import device
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_zig = pytest.mark.skipif(not importlib.util.find_spec('ziglang'), reason='no ziglang wheel')
+linux = pytest.mark.skipif(sys.platform != 'linux', reason='compilers are compared on Linux')
+SHOW = "import os, tinyvllm; print(os.environ.get('DEV'), os.environ.get('CC'), os.environ.get('CACHEDB'))"
+
+
+def python(code, path='/usr/bin:/bin', **env):
+    "Run `code` in a fresh process that sees only these environment variables."
+    env = {'PATH': path, 'PYTHONPATH': str(ROOT), 'HOME': os.environ.get('HOME', '/'), **env}
+    run = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def no_clang(tmp_path):
+    "A PATH that holds a shell and its few tools, and no compiler."
+    folder = tmp_path / 'bin'
+    folder.mkdir()
+    (folder / 'sh').symlink_to('/bin/sh')
+    return str(folder)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "Choices made in this process: an empty cache folder, nothing chosen before."
+    monkeypatch.setenv('TINYVLLM_CACHE', str(tmp_path / 'cache'))
+    device.writable_dir.cache_clear()
+    yield tmp_path / 'cache'
+    device.writable_dir.cache_clear()
+
+
+def test_what_is_set_is_left_alone(tmp_path):
+    out = python(SHOW, DEV='PYTHON', CC='/bin/true', CACHEDB='/x/y.db', TINYVLLM_CACHE=str(tmp_path))
+    assert out == 'PYTHON /bin/true /x/y.db'
+
+
+def test_nothing_changes_after_tinygrad(tmp_path):
+    out = python("import tinygrad, os; before = dict(os.environ); import tinyvllm; print(before == os.environ)",
+                 TINYVLLM_CACHE=str(tmp_path))
+    assert out == 'True'
+
+
+def test_import_is_light(tmp_path):
+    code = "import sys, tinyvllm; print([m for m in ('tinygrad', 'numpy', 'ziglang') if m in sys.modules])"
+    assert python(code, TINYVLLM_CACHE=str(tmp_path)) == '[]'
+
+
+def test_device_of_this_machine(monkeypatch):
+    monkeypatch.setattr(sys, 'platform', 'darwin')
+    assert device.best_device() == 'METAL'
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    assert device.best_device() in ('CPU', 'CUDA')
+
+
+@pytest.mark.parametrize('init, count, expected', [(0, 2, 'CUDA'), (0, 0, 'CPU'), (100, 2, 'CPU'), (None, 0, 'CPU')])
+def test_cuda_needs_a_driver_that_sees_a_gpu(monkeypatch, init, count, expected):
+    class Driver:
+        def __init__(self, name):
+            if init is None:
+                raise OSError('no such library')
+
+        def cuInit(self, flags):
+            return init
+
+        def cuDeviceGetCount(self, pointer):
+            pointer._obj.value = count
+            return 0
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    monkeypatch.setattr(device.ctypes, 'CDLL', Driver)
+    assert device.best_device() == expected
+
+
+@needs_zig
+def test_wrapper_drops_only_the_target(here):
+    script = Path(device.zig_wrapper())
+    text = script.read_text()
+    last = text.index('exec ')
+    script.write_text(text[:last] + 'printf "%s\\n" "$@"\n')
+    asked = ['-c', '-x', 'c', '--target=x86_64-none-unknown-elf', '-march=native', 'a b', '$HOME', '', '-', '-o', '-']
+    got = subprocess.run([script, *asked], capture_output=True, text=True, check=True).stdout.split('\n')[:-1]
+    assert got == [a for a in asked if not a.startswith('--target')]
+    assert str(here / 'zig') in text and '-g0' in text[last:]
+
+
+@needs_zig
+def test_wrapper_compiles_to_an_object_file(here):
+    flags = '-c -x c -O2 -fPIC -ffreestanding -fno-math-errno -nostdlib -fno-ident --target=x86_64-none-unknown-elf'
+    run = subprocess.run([device.zig_wrapper(), *flags.split(), '-', '-o', '-'], input=b'int f(int a) { return a+1; }',
+                         capture_output=True, check=True)
+    assert run.stdout.startswith(b'\x7fELF') and b'.eh_frame' not in run.stdout
+
+
+@needs_zig
+def test_wrapper_in_a_folder_with_spaces(tmp_path, monkeypatch):
+    monkeypatch.setenv('TINYVLLM_CACHE', str(tmp_path / "it's a cache"))
+    device.writable_dir.cache_clear()
+    run = subprocess.run([device.zig_wrapper(), '-c', '-x', 'c', '-', '-o', '-'], input=b'int x;', capture_output=True)
+    device.writable_dir.cache_clear()
+    assert run.returncode == 0 and run.stdout.startswith(b'\x7fELF'), run.stderr
+
+
+@needs_zig
+def test_kernels_run_without_clang(tmp_path, no_clang):
+    code = """
+import tinyvllm
+from tinyvllm.device import compiler_name
+from tinygrad import Tensor
+print((Tensor.arange(12).reshape(3, 4).half() @ Tensor.ones(4).half()).tolist(), compiler_name())
+"""
+    out = python(code, path=no_clang, DEV='CPU', TINYVLLM_CACHE=str(tmp_path / 'cache'))
+    assert out.startswith('[6.0, 22.0, 38.0] zig ') and out.endswith('(ziglang wheel)')
+    assert list((tmp_path / 'cache').glob('kernels-*.db'))
+
+
+@needs_zig
+def test_unwritable_cache_is_no_obstacle(tmp_path, no_clang):
+    (tmp_path / 'cache').write_text('a file where the folder should be')  # root may write to read-only folders
+    code = "import os, tinyvllm; from tinygrad import Tensor; print(Tensor([2.]).exp2().item(), os.environ['CC'])"
+    value, compiler = python(code, path=no_clang, DEV='CPU', TINYVLLM_CACHE=str(tmp_path / 'cache')).split(' ', 1)
+    assert value == '4.0' and not compiler.startswith(str(tmp_path))
+    assert not Path(compiler).exists()  # the temporary folder went with the process
+
+
+@linux
+@pytest.mark.parametrize('clang, zig, winner', [(2.0, 1.0, 'zig'), (1.0, 2.0, 'clang'), (1.0, 0.95, 'clang'),
+                                                (float('inf'), 1.0, 'zig'), (float('inf'), float('inf'), 'clang')])
+def test_the_faster_compiler_wins_and_is_remembered(here, monkeypatch, clang, zig, winner):
+    asked = []
+
+    def probe(compiler):
+        asked.append(compiler)
+        return {'/c/clang': clang, '/c/zig': zig}[compiler]
+    monkeypatch.setattr(device.shutil, 'which', lambda name: '/c/clang' if name == 'clang' else None)
+    monkeypatch.setattr(device, 'zig_wrapper', lambda: '/c/zig')
+    monkeypatch.setattr(device, 'probe_seconds', probe)
+    assert device.best_compiler() == f'/c/{winner}'
+    assert device.best_compiler() == f'/c/{winner}' and asked == ['/c/clang', '/c/zig']
+    (here / 'compilers.json').write_text('{"half a fi')
+    assert device.best_compiler() == f'/c/{winner}' and len(asked) == 4
+    assert len(json.loads((here / 'compilers.json').read_text())) == 1
+
+
+@pytest.mark.parametrize('clang, zig', [('/c/clang', None), (None, '/c/zig'), (None, None)])
+def test_one_compiler_is_taken_as_it_is(monkeypatch, clang, zig):
+    monkeypatch.setattr(device.shutil, 'which', lambda name: clang)
+    monkeypatch.setattr(device, 'zig_wrapper', lambda: zig)
+    monkeypatch.setattr(device, 'probe_seconds', lambda compiler: pytest.fail('nothing to compare'))
+    assert device.best_compiler() == (clang or zig)
+
+
+@needs_zig
+@linux
+def test_probe_times_real_kernels(here):
+    assert 1e-7 < device.probe_seconds(device.zig_wrapper()) < 1
+
+
+def test_probe_of_a_broken_compiler_loses(tmp_path):
+    assert device.probe_seconds(str(tmp_path / 'missing')) == float('inf')
+    assert device.probe_seconds('/bin/false' if Path('/bin/false').exists() else '/usr/bin/false') == float('inf')
+
+
+def test_names_for_people(monkeypatch):
+    monkeypatch.setenv('CC', '/nowhere/cc')
+    assert device.compiler_name().startswith('none')
+    monkeypatch.setenv('CC', '/bin/echo')
+    assert device.compiler_name() == '--version' or 'echo' in device.compiler_name()
+
+
+def test_cache_folder(monkeypatch):
+    monkeypatch.setenv('TINYVLLM_CACHE', '~/here')
+    assert device.cache_dir() == Path.home() / 'here'
+    monkeypatch.delenv('TINYVLLM_CACHE')
+    monkeypatch.setenv('XDG_CACHE_HOME', '/x')
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    assert device.cache_dir() == Path('/x/tinyvllm')
+    monkeypatch.setattr(sys, 'platform', 'darwin')
+    assert device.cache_dir() == Path.home() / 'Library/Caches/tinyvllm'

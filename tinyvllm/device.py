@@ -1,0 +1,198 @@
+"""Where tinygrad runs, and which C compiler it uses there: settled before tinygrad is imported.
+
+The answers go into environment variables, and one that is already set is left alone: `DEV` is the
+device (METAL, CUDA or CPU), `CC` the compiler of the CPU device, `CACHEDB` the file of compiled
+kernels (one per CPU and compiler). A machine without clang compiles with the `ziglang` wheel,
+which carries a clang of its own.
+"""
+import atexit
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+# A matrix-vector product as tinygrad writes it, in both precisions: decoding is made of these.
+PROBE = """
+#define DOT4(a, b) (float)(a[0]*b[0]) + (float)(a[1]*b[1]) + (float)(a[2]*b[2]) + (float)(a[3]*b[3])
+#define MATVEC(name, T, T4) \\
+typedef T T4 __attribute__((aligned(4*sizeof(T)), ext_vector_type(4))); \\
+void name(T* restrict y, T* restrict w, T* restrict x) { \\
+  for (int row = 0; row < 192; row += 3) { float sum[3] = {0.0f, 0.0f, 0.0f}; \\
+    for (int i = 0; i < 576; i += 4) { T4 v = *(T4*)(x+i); T* p = w + row*576 + i; \\
+      T4 w0 = *(T4*)p, w1 = *(T4*)(p+576), w2 = *(T4*)(p+1152); \\
+      sum[0] = sum[0] + DOT4(v, w0); \\
+      sum[1] = sum[1] + DOT4(v, w1); \\
+      sum[2] = sum[2] + DOT4(v, w2); } \\
+    for (int i = 0; i < 3; i++) y[row+i] = (T)sum[i]; } }
+MATVEC(half_matvec, __fp16, half4)
+MATVEC(float_matvec, float, float4)
+"""
+PROBE_FLAGS = '-shared -x c -O2 -fPIC -ffreestanding -fno-math-errno -nostdlib'.split()
+PROBE_FLAGS.append('-march=native' if platform.machine() == 'x86_64' else '-mcpu=native')
+
+
+def setup() -> None:
+    "Choose for this process and its children; too late, and nothing changes, after tinygrad."
+    if 'tinygrad' in sys.modules:
+        return
+    if not os.environ.get('DEV'):
+        os.environ['DEV'] = best_device()
+    compiler = os.environ.get('CC') or best_compiler()
+    if compiler:
+        os.environ['CC'] = compiler
+        kernels = f"kernels-{short_hash(cpu_facts() + stamp(compiler))}.db"
+        os.environ.setdefault('CACHEDB', str(writable_dir() / kernels))
+
+
+def best_device() -> str:
+    "METAL on a Mac, CUDA where the driver sees a GPU, else CPU."
+    if sys.platform == 'darwin':
+        return 'METAL'
+    try:
+        cuda, count = ctypes.CDLL('libcuda.so.1'), ctypes.c_int(0)
+        failed = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+        return 'CPU' if failed or count.value == 0 else 'CUDA'
+    except (OSError, AttributeError):  # no driver
+        return 'CPU'
+
+
+def best_compiler() -> str | None:
+    "The path of the faster of clang and zig, of the one there is, or None."
+    clang, zig = shutil.which('clang'), zig_wrapper()
+    if clang and zig and sys.platform == 'linux':
+        seconds = remembered_seconds(clang, zig)
+        return zig if seconds['zig'] < 0.9 * seconds['clang'] else clang  # nearer is noise
+    return clang or zig
+
+
+def cache_dir() -> Path:
+    "Where downloads are kept: `$TINYVLLM_CACHE`, else `tinyvllm` in the platform's cache folder."
+    if folder := os.environ.get('TINYVLLM_CACHE'):
+        return Path(folder).expanduser()
+    if sys.platform == 'darwin':
+        return Path.home() / 'Library/Caches/tinyvllm'
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'tinyvllm'
+
+
+@cache
+def writable_dir() -> Path:
+    "The cache folder; where it is read-only, a private one that goes with this process."
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_dir()):
+            return cache_dir()
+    except OSError:
+        folder = tempfile.mkdtemp(prefix='tinyvllm-')
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
+
+
+def zig_wrapper() -> str | None:
+    "A script that plays clang for tinygrad and runs the ziglang wheel; None without the wheel."
+    spec = importlib.util.find_spec('ziglang')
+    zig = Path(spec.origin).with_name('zig') if spec and spec.origin else None
+    if not zig or not zig.exists():
+        return None
+    cpu = 'aarch64' if platform.machine() == 'arm64' else platform.machine()
+    text = f"""#!/bin/sh
+# Plays clang with {stamp(zig)}
+# Drops --target: zig spells it differently.
+for arg; do
+  shift
+  case $arg in --target=*) ;; *) set -- "$@" "$arg" ;; esac
+done
+export ZIG_GLOBAL_CACHE_DIR={shlex.quote(str(writable_dir() / 'zig'))}
+export ZIG_LOCAL_CACHE_DIR="$ZIG_GLOBAL_CACHE_DIR"
+exec {shlex.quote(str(zig))} cc -target {cpu}-linux-musl -g0 \\
+  -fno-unwind-tables -fno-asynchronous-unwind-tables "$@"
+"""
+    path = writable_dir() / f'zig-cc-{short_hash(text)}'
+    if not path.exists():
+        write_atomically(path, text, mode=0o755)
+    return str(path)
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
+    "Write beside the file, then rename: others see the old file or the new one, never half of it."
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, 'w') as file:
+        file.write(text)
+    os.chmod(name, mode)
+    os.replace(name, path)
+
+
+def remembered_seconds(clang: str, zig: str) -> dict[str, float]:
+    "How long the probe takes with each: measured once for a CPU and a pair of compilers."
+    path = writable_dir() / 'compilers.json'
+    key = short_hash(cpu_facts() + stamp(clang) + stamp(zig))
+    try:
+        known = json.loads(path.read_text())
+        return {name: float(known[key][name]) for name in ('clang', 'zig')}
+    except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or the file is damaged
+        seconds = {'clang': probe_seconds(clang), 'zig': probe_seconds(zig)}
+        write_atomically(path, json.dumps({key: seconds}, indent=1))
+        return seconds
+
+
+def probe_seconds(compiler: str, repeats: int = 25) -> float:
+    "Seconds for an fp16 and an fp32 product (two medians); infinite when it does not compile."
+    y, w, x = (ctypes.create_string_buffer(4*n) for n in (192, 192*576, 576))
+    times = {'half_matvec': [], 'float_matvec': []}
+    with tempfile.TemporaryDirectory() as folder:
+        library = os.path.join(folder, 'probe.so')
+        try:
+            subprocess.run([compiler, *PROBE_FLAGS, '-', '-o', library], input=PROBE.encode(),
+                           check=True, capture_output=True, timeout=60)
+            kernels = {name: getattr(ctypes.CDLL(library), name) for name in times}
+        except (OSError, AttributeError, subprocess.SubprocessError):
+            return float('inf')
+    for name in list(times) * repeats:
+        start = time.perf_counter()
+        kernels[name](y, w, x)
+        times[name].append(time.perf_counter() - start)
+    return sum(map(statistics.median, times.values()))
+
+
+def stamp(compiler: str) -> str:
+    "What changes when a compiler is replaced: its real path, size and date."
+    path = Path(shutil.which(compiler) or compiler).resolve()
+    return f'{path} {path.stat().st_size} {path.stat().st_mtime_ns}' if path.exists() else str(path)
+
+
+def short_hash(text: str) -> str:
+    "Twelve hex digits that stand for `text` in a file name."
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def cpu_facts() -> str:
+    "The CPU's model and instruction sets: what code for `native` depends on."
+    try:
+        lines = Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
+        facts = [line for line in lines if line.startswith(('model name', 'flags', 'Features'))]
+    except OSError:
+        facts = []
+    return '\n'.join(facts) or f'{platform.machine()} {platform.processor()}'
+
+
+def compiler_name() -> str:
+    "What a person calls the compiler: `zig 0.17.1 (ziglang wheel)`, or what its `--version` says."
+    compiler = os.environ.get('CC') or 'clang'
+    if Path(compiler).name.startswith('zig-cc-'):
+        from importlib.metadata import version
+        return f"zig {version('ziglang')} (ziglang wheel)"
+    try:
+        run = subprocess.run([compiler, '--version'], capture_output=True, text=True, timeout=10)
+        return run.stdout.partition('\n')[0].strip() or compiler
+    except (OSError, subprocess.SubprocessError):
+        return 'none (install clang, or `pip install ziglang`)'
