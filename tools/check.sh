@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Everything CI runs: `make test` calls it inside the project's own environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '\n== %s\n' "$*"; }
+state() { cksum nbs/*.ipynb tinyvllm/*.py README.md; }
+
+say 'notebooks, package and README agree'
+before=$(state)
+nbdev_export
+nbdev_clean
+python tools/readme.py
+diff <(echo "$before") <(state) || {
+  echo 'out of sync: the files above were rewritten from the notebooks; look at the change and commit it'
+  exit 1
+}
+
+say 'notebooks keep the shape of the course'
+python tools/nbcheck.py
+
+say 'site'
+python tools/docs.py --engine smalldocs --strict
+
+say 'tests: each notebook as nbdev_test runs it, then everything in tests/'
+python -m pytest -q -n 2 --durations=15 tests "$@"
