@@ -99,23 +99,30 @@ def sizes(cells):
         yield 0, f'{len(cells)} cells: at most {CELLS}'
     for i, c in enumerate(cells):
         if c.kind == 'markdown':
-            prose = re.sub(r'```.*?```|^\|.*$|^#+ .*$|\]\([^)]*\)', '', c.source, flags=re.M | re.S)
-            if (words := len(re.findall(r'\w[\w\'-]*', prose))) > PROSE_WORDS:
+            if (words := prose_words(c.source)) > PROSE_WORDS:
                 yield i, f'{words} words: at most {PROSE_WORDS} in a prose cell'
             continue
-        kernel = len(c.body) == 1 and isinstance(c.body[0], ast.Assign) and isinstance(c.body[0].value, ast.Constant)
-        limit = KERNEL_LINES if kernel else EXPORT_LINES if long_allowed(c) else LESSON_LINES
-        if c.lines > limit:
+        if c.lines > (limit := line_limit(c)):
             yield i, f'{c.lines} lines: at most {limit} here'
-        elif c.exported and not kernel and c.lines > EXPORT_WARN:
+        elif c.exported and limit == EXPORT_LINES and c.lines > EXPORT_WARN:
             yield i, f'warning: {c.lines} lines: {EXPORT_WARN} read better'
         if (columns := max(map(len, c.source.splitlines()), default=0)) > COLUMNS:
             yield i, f'{columns} columns: at most {COLUMNS}'
 
 
-def long_allowed(cell):
-    "Exported, hidden and folded cells do not stand in the reader's way."
-    return cell.exported or 'hide' in cell.directives or cell.directives.get('code-fold:') == 'true'
+def prose_words(text):
+    "Words outside code blocks, tables, headings and link targets."
+    text = re.sub(r'```.*?```', '', text, flags=re.S)
+    text = re.sub(r'^(\||#+ ).*$|\]\([^)]*\)', '', text, flags=re.M)
+    return len(re.findall(r"\w[\w'-]*", text))
+
+
+def line_limit(cell):
+    "A kernel's source may be longest; exported, hidden and folded cells are out of the reader's way."
+    if len(cell.body) == 1 and isinstance(getattr(cell.body[0], 'value', None), ast.Constant):
+        return KERNEL_LINES
+    folded = 'hide' in cell.directives or cell.directives.get('code-fold:') == 'true'
+    return EXPORT_LINES if cell.exported or folded else LESSON_LINES
 
 
 def directives(cells):
@@ -128,10 +135,10 @@ def directives(cells):
             elif name in EXPORTS and value:
                 yield i, f'`#| {name} {value}` writes into another module'
         lines = ''.join(c.raw['source']).splitlines() if c.kind == 'code' else []
-        code = next((n for n, line in enumerate(lines) if line.strip() and not line.startswith('#|')), len(lines))
-        if any(re.match(r'\s*#\s*\|', line) for line in lines[code:]):
+        plain = [n for n, line in enumerate(lines) if line.strip() and not line.startswith('#|')]
+        if plain and any(line.lstrip().startswith('#|') for line in lines[plain[0]:]):
             yield i, 'a directive below the first line of code does nothing'
-        if any(re.match(r'#\s+\|', line) for line in lines[:code]):
+        if any(re.match(r'#\s+\|', line) for line in lines):
             yield i, 'write `#|` without a space'
 
 

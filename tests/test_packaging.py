@@ -1,0 +1,98 @@
+"A wheel built from this folder, installed beside nothing of ours, starts and says who it is."
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ['settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md', 'tinyvllm']
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "A wheel built from a copy of the sources, so that nothing is left in the checkout."
+    folder = tmp_path_factory.mktemp('wheel')
+    for name in SOURCES:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', 'dist', '.'], cwd=folder, check=True)
+    return next((folder / 'dist').glob('*.whl'))
+
+
+@pytest.fixture(scope='module')
+def unpacked(wheel, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('site')
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def run(unpacked, *args, **env):
+    "Run Python with the unpacked wheel first on its path, away from the checkout."
+    env = {**os.environ, 'PYTHONPATH': str(unpacked), **env}
+    return subprocess.run([sys.executable, *args], cwd=unpacked, env=env, capture_output=True, text=True)
+
+
+def metadata(unpacked, name='METADATA'):
+    return next(unpacked.glob(f'*.dist-info/{name}')).read_text(encoding='utf-8')
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel, unpacked):
+    assert {p.name for p in unpacked.iterdir()} == {'tinyvllm', f'tinyvllm-{version()}.dist-info'}
+    shipped = {p.name for p in (unpacked / 'tinyvllm').glob('*.py')}
+    assert shipped == {p.name for p in (ROOT / 'tinyvllm').glob('*.py')}
+    assert wheel.name == f'tinyvllm-{version()}-py3-none-any.whl' and wheel.stat().st_size < 1_000_000
+
+
+def version():
+    config = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    config.read(ROOT / 'settings.ini', encoding='utf-8')
+    return config['DEFAULT']['version']
+
+
+def test_metadata(unpacked):
+    text = metadata(unpacked)
+    for line in ['Requires-Python: >=3.11', 'License-Expression: Apache-2.0', 'License-File: LICENSE',
+                 'Requires-Dist: tinygrad==0.14.0', 'Requires-Dist: ziglang==0.17.1; sys_platform == "linux"',
+                 'Provides-Extra: dev', 'Provides-Extra: parity', 'Description-Content-Type: text/markdown']:
+        assert line in text
+    assert 'tinyvllm = tinyvllm.cli:main' in metadata(unpacked, 'entry_points.txt')
+
+
+def test_version_is_the_same_everywhere(unpacked):
+    out = run(unpacked, '-c', 'import tinyvllm; print(tinyvllm.__version__, tinyvllm.__file__)').stdout.split()
+    assert out[0] == version() and Path(out[1]).is_relative_to(unpacked)
+    assert f'\nVersion: {version()}\n' in metadata(unpacked)
+
+
+def test_every_module_imports_from_the_wheel(unpacked):
+    code = """
+import importlib, pathlib, tinyvllm
+for path in sorted(pathlib.Path(tinyvllm.__file__).parent.glob('*.py')):
+    if path.stem not in ('__main__', '_modidx'):
+        assert importlib.import_module(f'tinyvllm.{path.stem}').__doc__, path
+"""
+    done = run(unpacked, '-c', code, DEV='CPU')
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_answers(unpacked):
+    done = run(unpacked, '-m', 'tinyvllm', '--help')
+    assert done.returncode == 0 and 'generate' in done.stdout and not done.stderr
+
+
+def test_runtime_needs_no_development_package(unpacked):
+    "nbdev and fastcore are for authors: importing the package must not pull them in."
+    code = """
+import sys, importlib, pathlib, tinyvllm
+for path in pathlib.Path(tinyvllm.__file__).parent.glob('*.py'):
+    if path.stem not in ('__main__', '_modidx'): importlib.import_module(f'tinyvllm.{path.stem}')
+print([m for m in ('nbdev', 'fastcore', 'IPython', 'torch', 'transformers', 'matplotlib') if m in sys.modules])
+"""
+    assert run(unpacked, '-c', code, DEV='CPU').stdout.strip() == '[]'
