@@ -108,8 +108,8 @@ class Detokenizer:
         "What is left at the end: U+FFFD for a character that never arrived in full."
         return self.utf8.decode(b'', final=True)
 
-# %% ../nbs/00a_tokenizer.ipynb #3028de5d
-MAX_STEPS, MAX_SIZE = 1_000_000, 1 << 24 # loop steps and calls; characters
+# %% ../nbs/00a_tokenizer.ipynb #218e830c
+MAX_STEPS, MAX_SIZE = 200_000, 1 << 24 # loop steps and calls; characters
 PADDING = {'center', 'expandtabs', 'format', 'format_map', 'ljust', 'rjust', 'zfill'}
 
 
@@ -139,7 +139,7 @@ def raise_exception(message: str):
     "Templates call this to refuse a conversation."
     raise TemplateError(message)
 
-# %% ../nbs/00a_tokenizer.ipynb #4209d7bc
+# %% ../nbs/00a_tokenizer.ipynb #a45eb371
 class Sandbox(ImmutableSandboxedEnvironment):
     "Jinja with no way to Python objects, and with a budget of steps."
     intercepted_binops = frozenset({'*', '**', '%'})
@@ -161,6 +161,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj, attr, value):
         return super().is_safe_attribute(obj, attr, value) and attr not in PADDING
+
+    def unsafe_undefined(self, obj, attribute):
+        raise SecurityError(f'it reaches for {attribute!r} of a {type(obj).__name__}')
+
+    def wrap_str_format(self, value): return None # no special treatment: `format` is in PADDING
 
     def call(__self, __context, __obj, *args, **kw):
         spend(__context)
@@ -448,14 +453,14 @@ def word_cutter(
         [pre_tokenizers.Split(Regex(pattern), 'isolated') for pattern in CUTS[kind]]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
-# %% ../nbs/00a_tokenizer.ipynb #110dbfbc
+# %% ../nbs/00a_tokenizer.ipynb #521b2093
 def gguf_bpe(
     metadata: dict, # of a GGUF file of kind gpt2
     tokens: list[str],
     types: list[int],
 ) -> FastTokenizer:
     "Byte-level BPE from GGUF metadata. Raises `BadInput`."
-    pre = metadata.get('tokenizer.ggml.pre', 'default')
+    pre = str(metadata.get('tokenizer.ggml.pre', 'default'))
     merges = [tuple(m.split(' ', 1)) for m in gguf_list(metadata, 'merges', str)]
     vocab = {token: i for i, token in enumerate(tokens)}
     for pair in merges:
@@ -498,7 +503,7 @@ def sentencepiece_model(
     normalizer = proto(1, 'identity') + proto(3, int(space_prefix)) + proto(4, 0) + proto(5, 1)
     return b''.join(pieces) + proto(2, trainer) + proto(3, normalizer)
 
-# %% ../nbs/00a_tokenizer.ipynb #d862f3cf
+# %% ../nbs/00a_tokenizer.ipynb #5412acb2
 def gguf_special(metadata: dict, tokens: list[str], types: list[int]) -> dict:
     "`bos_id`, `eos_ids`, `add_bos`, `chat_template` from GGUF metadata. Raises `BadInput`."
     get = lambda k: metadata.get(f'tokenizer.ggml.{k}')
@@ -510,7 +515,7 @@ def gguf_special(metadata: dict, tokens: list[str], types: list[int]) -> dict:
     ends = [named[k] for k in ('eos', 'eot', 'eom')] + [control.get(t) for t in END_OF_TURN]
     add_bos, template = get('add_bos_token'), metadata.get('tokenizer.chat_template')
     if add_bos is None: # llama.cpp's defaults
-        add_bos = get('model') == 'llama' or CUTS.get(get('pre')) == [LLAMA3]
+        add_bos = get('model') == 'llama' or CUTS.get(str(get('pre'))) == [LLAMA3]
     ends = tuple(dict.fromkeys(i for i in ends if i is not None))
     add_bos = bool(add_bos) and named['bos'] is not None
     return dict(bos_id=named['bos'], eos_ids=ends, add_bos=add_bos,
