@@ -47,6 +47,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, unpacked):
     assert {p.name for p in unpacked.iterdir()} == {'tinyvllm', f'tinyvllm-{version()}.dist-info'}
     shipped = {p.name for p in (unpacked / 'tinyvllm').glob('*.py')}
     assert shipped == {p.name for p in (ROOT / 'tinyvllm').glob('*.py')}
+    assert (unpacked / 'tinyvllm/data/ladder.jsonl').read_bytes() == (ROOT / 'nbs/ladder.jsonl').read_bytes()
     assert wheel.name == f'tinyvllm-{version()}-py3-none-any.whl' and wheel.stat().st_size < 1_000_000
 
 
@@ -58,7 +59,7 @@ def version():
 
 def test_metadata(unpacked):
     text = metadata(unpacked)
-    for line in ['Requires-Python: >=3.11', 'License-Expression: Apache-2.0', 'License-File: LICENSE',
+    for line in ['Requires-Python: >=3.11', 'License: Apache-2.0', 'License-File: LICENSE',
                  'Requires-Dist: tinygrad==0.14.0', 'Requires-Dist: ziglang==0.17.1; sys_platform == "linux"',
                  'Provides-Extra: dev', 'Provides-Extra: parity', 'Description-Content-Type: text/markdown']:
         assert line in text
