@@ -146,4 +146,4 @@ def test_warnings_alone_pass(tmp_path, capsys):
 def test_long_function_in_the_package(tmp_path):
     module = tmp_path / 'm.py'
     module.write_text('def short():\n' + '    pass\n' * 29 + 'class A:\n    def long(self):\n' + '        pass\n' * 30)
-    assert list(nbcheck.check_module(module)) == [(32, 'long: 31 lines in one function: at most 30')]
+    assert list(nbcheck.check_module(module)) == [(32, 'long: 31 lines: at most 30')]

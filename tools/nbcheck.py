@@ -1,4 +1,4 @@
-"""Check that notebooks keep the shape of the course: `python tools/nbcheck.py [nbs/01_greedy.ipynb ...]`.
+"""Check that notebooks keep the shape of the course: `python tools/nbcheck.py [NOTEBOOK ...]`.
 
 Prints `file:cell: message` for each fault (cells count from 0) and exits 1; warnings alone exit 0.
 Without arguments it reads all notebooks and the package: functions there stay within 30 lines too.
@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ['Where we are', 'The problem', 'Measure it', 'The idea', 'Build it', 'Same answer?', 'Plug it in',
-            'Measure again', 'What we learned', 'Exercises', 'Where this lives elsewhere']
+SECTIONS = ['Where we are', 'The problem', 'Measure it', 'The idea', 'Build it', 'Same answer?',
+            'Plug it in', 'Measure again', 'What we learned', 'Exercises',
+            'Where this lives elsewhere']
 FLAGS = {'slow', 'metal', 'cuda', 'bench'}  # tst_flags in settings.ini
 EXPORTS = {'export', 'exports', 'exporti'}
-DIRECTIVES = FLAGS | EXPORTS | {'default_exp', 'hide', 'eval:', 'echo:', 'include:', 'code-fold:', 'code-summary:'}
+DIRECTIVES = FLAGS | EXPORTS | {'default_exp', 'hide', 'eval:', 'echo:', 'include:', 'code-fold:',
+                                'code-summary:'}
 LESSON_LINES, EXPORT_WARN, EXPORT_LINES, KERNEL_LINES = 10, 20, 30, 40
 PROSE_WORDS, CELLS, KILOBYTES, COLUMNS, EXERCISES = 120, 90, 300, 100, 3
 PRIVATE = re.compile(r'/(?:tmp|home|root|Users|var/folders)/[\w.-]*|\b0x[0-9a-f]{8,}\b')
@@ -118,7 +120,7 @@ def prose_words(text):
 
 
 def line_limit(cell):
-    "A kernel's source may be longest; exported, hidden and folded cells are out of the reader's way."
+    "A kernel's source may be longest; exported, hidden and folded cells longer than the lesson."
     if len(cell.body) == 1 and isinstance(getattr(cell.body[0], 'value', None), ast.Constant):
         return KERNEL_LINES
     folded = 'hide' in cell.directives or cell.directives.get('code-fold:') == 'true'
@@ -146,14 +148,14 @@ def imports_alone(cells):
     for i, c in enumerate(cells):
         kinds = {isinstance(s, (ast.Import, ast.ImportFrom)) for s in c.body}
         if kinds == {True, False} and c.source.strip() != LAST_CELL:
-            yield i, 'imports stand in a cell of their own: the docs build runs every cell that imports'
+            yield i, 'imports stand in a cell of their own: the site build runs cells that import'
 
 
 def ends_with_export(cells):
-    code = [i for i, c in enumerate(cells) if c.kind == 'code']
-    if any('default_exp' in c.directives for c in cells) and (
-            not code or cells[code[-1]].source.strip() != LAST_CELL or 'hide' not in cells[code[-1]].directives):
-        yield len(cells) - 1, f'the last code cell is `#| hide` and `{LAST_CELL}`'
+    if any('default_exp' in c.directives for c in cells):
+        last = [c for c in cells if c.kind == 'code'][-1]
+        if last.source.strip() != LAST_CELL or 'hide' not in last.directives:
+            yield len(cells) - 1, f'the last code cell is `#| hide` and `{LAST_CELL}`'
 
 
 def outputs(cells):
@@ -167,15 +169,16 @@ def outputs(cells):
 
 def output_text(out):
     "The text of one stored output; pictures aside."
-    parts = [out.get('text', '')] + [v for k, v in out.get('data', {}).items() if k.startswith('text/')]
-    return '\n'.join(''.join(p) for p in parts)
+    texts = [v for kind, v in out.get('data', {}).items() if kind.startswith('text/')]
+    return '\n'.join(''.join(text) for text in [out.get('text', ''), *texts])
 
 
 def executed(cells):
     for i, c in enumerate(cells):
-        last = c.body[-1] if c.body else None
-        shows = isinstance(last, ast.Expr) and not isinstance(last.value, (ast.Call, ast.Await, ast.Constant))
-        if shows and c.runs and not c.source.rstrip().endswith(';') and not c.raw.get('outputs'):
+        if not c.body or not isinstance(c.body[-1], ast.Expr) or c.source.rstrip().endswith(';'):
+            continue
+        may_be_none = isinstance(c.body[-1].value, (ast.Call, ast.Await, ast.Constant))
+        if c.runs and not may_be_none and not c.raw.get('outputs'):
             yield i, 'ends in a value and stores none: run tools/run_nbs.py'
 
 
@@ -186,10 +189,10 @@ def unfinished(cells):
 
 
 def exercises(cells):
-    part = [(i, c) for i, c in enumerate(cells) if c.section == 'Exercises' and c.kind == 'code']
-    solved = [(i, c) for i, c in part if c.directives.get('code-summary:', '').strip('"\'').startswith('Solution')]
+    solved = [(i, c) for i, c in enumerate(cells) if c.section == 'Exercises' and
+              c.directives.get('code-summary:', '').strip('"\'').startswith('Solution')]
     if len(solved) != EXERCISES:
-        yield part[0][0] if part else 0, f'{len(solved)} solutions (`#| code-summary: "Solution"`): {EXERCISES} expected'
+        yield 0, f'{len(solved)} solutions (`#| code-summary: "Solution"`): {EXERCISES} expected'
     for i, c in solved:
         if c.directives.get('code-fold:') != 'true':
             yield i, 'a solution is folded: `#| code-fold: true`'
@@ -207,7 +210,7 @@ def figures(cells):
 
 
 EVERY = [sizes, directives, imports_alone, ends_with_export, outputs, executed, unfinished]
-CHAPTER = [has_title, has_sections, exercises, figures]  # index.ipynb is the front page, not a chapter
+CHAPTER = [has_title, has_sections, exercises, figures]  # not for index.ipynb, the front page
 
 
 def check_notebook(path):
@@ -235,18 +238,19 @@ def check_module(path):
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             if (lines := node.end_lineno - node.lineno + 1) > EXPORT_LINES:
-                yield node.lineno, f'{node.name}: {lines} lines in one function: at most {EXPORT_LINES}'
+                yield node.lineno, f'{node.name}: {lines} lines: at most {EXPORT_LINES}'
 
 
 def main(args):
     paths = [Path(a) for a in args] or sorted((ROOT / 'nbs').glob('*.ipynb'))
     faults = [(p, i, m) for p in paths for i, m in check_notebook(p)] + list(check_owners(paths))
-    modules = [] if args else sorted(p for p in (ROOT / 'tinyvllm').glob('*.py') if p.name != '_modidx.py')
+    modules = [] if args else sorted((ROOT / 'tinyvllm').glob('*.py'))
     faults += [(p, i, m) for p in modules for i, m in check_module(p)]
     for path, i, message in faults:
         print(f'{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{i}: {message}')
     errors = sum(not m.startswith('warning') for _, _, m in faults)
-    print(f'{len(paths)} notebooks, {len(modules)} modules: {errors} faults, {len(faults) - errors} warnings')
+    print(f'{len(paths)} notebooks, {len(modules)} modules: '
+          f'{errors} faults, {len(faults) - errors} warnings')
     return 1 if errors else 0
 
 

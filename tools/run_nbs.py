@@ -5,8 +5,8 @@
     python tools/run_nbs.py --check               # write nothing; exit 1 if an output would change
     python tools/run_nbs.py --slow nbs/...        # also the cells marked `#| slow`
 
-Cells that are not run here (`#| eval: false`, `#| slow`, `#| metal`, `#| cuda`, `#| bench`) keep what is stored.
-`DEV=CPU python tools/run_nbs.py` picks tinygrad's device, as everywhere.
+Cells that are not run here (`#| eval: false`, `#| slow`, `#| metal`, `#| cuda`, `#| bench`) keep
+what is stored. `DEV=CPU python tools/run_nbs.py` picks tinygrad's device, as everywhere.
 """
 import argparse
 import os
@@ -60,7 +60,7 @@ def run_one(path, flags):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     p.add_argument('nbs', nargs='*', type=Path)
     p.add_argument('--check', action='store_true', help='write nothing, exit 1 on a difference')
     p.add_argument('--slow', action='store_true', help='run the cells marked `#| slow` too')
