@@ -2,8 +2,8 @@
 
 The answers go into environment variables, and one that is already set is left alone: `DEV` is the
 device (METAL, CUDA or CPU), `CC` the compiler of the CPU device, `CACHEDB` the file of compiled
-kernels (one per CPU and compiler). A machine without clang compiles with the `ziglang` wheel,
-which carries a clang of its own.
+kernels (one per CPU and compiler). tinygrad speaks clang's language, so a `CC` that names gcc is
+replaced. A machine without clang compiles with the `ziglang` wheel, which carries one of its own.
 """
 import atexit
 import ctypes
@@ -48,8 +48,8 @@ def setup() -> None:
         return
     if not os.environ.get('DEV'):
         os.environ['DEV'] = best_device()
-    compiler = os.environ.get('CC') or best_compiler()
-    if compiler:
+    asked = os.environ.get('CC')
+    if compiler := asked if asked and is_clang(asked) else best_compiler():
         os.environ['CC'] = compiler
         kernels = f"kernels-{short_hash(cpu_facts() + stamp(compiler))}.db"
         os.environ.setdefault('CACHEDB', str(writable_dir() / kernels))
@@ -74,6 +74,12 @@ def best_compiler() -> str | None:
         seconds = remembered_seconds(clang, zig)
         return zig if seconds['zig'] < 0.9 * seconds['clang'] else clang  # nearer is noise
     return clang or zig
+
+
+def is_clang(compiler: str) -> bool:
+    "Does it go by the name of clang, or say so?"
+    name = Path(shutil.which(compiler) or compiler).resolve().name
+    return 'clang' in name or name.startswith('zig-cc-') or 'clang' in first_line(compiler)
 
 
 def cache_dir() -> Path:
@@ -191,8 +197,13 @@ def compiler_name() -> str:
     if Path(compiler).name.startswith('zig-cc-'):
         from importlib.metadata import version
         return f"zig {version('ziglang')} (ziglang wheel)"
+    return first_line(compiler) or 'none (install clang, or `pip install ziglang`)'
+
+
+def first_line(compiler: str) -> str:
+    "The first line of what the compiler's `--version` prints; empty when it does not run."
     try:
         run = subprocess.run([compiler, '--version'], capture_output=True, text=True, timeout=10)
-        return run.stdout.partition('\n')[0].strip() or compiler
+        return run.stdout.partition('\n')[0].strip()
     except (OSError, subprocess.SubprocessError):
-        return 'none (install clang, or `pip install ziglang`)'
+        return ''
