@@ -38,7 +38,7 @@ def stored(cell, flags):
 
 
 def run_one(path, flags):
-    "Run one notebook: (path, did it change, its new text, seconds)."
+    "Run one notebook: (path, seconds, its text before, its text after or None where a cell failed)."
     from execnb.nbio import nb2str, read_nb
     from execnb.shell import CaptureShell
     from nbdev.clean import clean_nb
@@ -53,10 +53,13 @@ def run_one(path, flags):
     shell.set_path(path)
     shell._run(SETUP_FIGURES)
     os.chdir(path.parent)
-    shell.run_all(nb, exc_stop=True, preproc=lambda cell: cell.skip_)
+    try:
+        shell.run_all(nb, exc_stop=True, preproc=lambda cell: cell.skip_)
+    except Exception:
+        print(shell.prettytb(fname=path.name), file=sys.stderr)
+        return path, time.perf_counter() - start, before, None
     clean_nb(nb, clean_ids=True)
-    after = nb2str(nb)
-    return path, before != after, after, time.perf_counter() - start
+    return path, time.perf_counter() - start, before, nb2str(nb)
 
 
 def main():
@@ -70,14 +73,16 @@ def main():
     os.chdir(ROOT)
     flags = set(get_config().tst_flags.split()) - ({'slow'} if a.slow else set())
     files = [f.resolve() for f in a.nbs] or sorted((ROOT/'nbs').glob('[0-9i]*.ipynb'))
-    differ = 0
+    failed = differ = 0
     with ProcessPoolExecutor(a.j, mp_context=get_context('spawn'), max_tasks_per_child=1) as pool:
-        for path, changed, text, seconds in pool.map(run_one, files, [flags]*len(files)):
-            print(f"{path.name}: {seconds:.1f}s{' changed' if changed else ''}", flush=True)
-            differ += changed
-            if changed and not a.check:
-                path.write_text(text, encoding='utf-8')
-    return 1 if a.check and differ else 0
+        for path, seconds, before, after in pool.map(run_one, files, [flags]*len(files)):
+            state = 'failed' if after is None else 'changed' if after != before else 'same'
+            print(f'{path.name}: {seconds:.1f}s {state}', flush=True)
+            failed += state == 'failed'
+            differ += state == 'changed'
+            if state == 'changed' and not a.check:
+                path.write_text(after, encoding='utf-8')
+    return 1 if failed or (a.check and differ) else 0
 
 
 if __name__ == '__main__':
