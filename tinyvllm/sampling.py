@@ -8,11 +8,12 @@ __all__ = ['RULES', 'is_int', 'is_number', 'is_list', 'plain', 'checked', 'Sampl
            'top_ids', 'keep', 'apply_top_k', 'apply_top_p', 'uniform', 'draw', 'process_logits', 'Sampled', 'report',
            'Sampler']
 
-# %% ../nbs/01a_sampling.ipynb #7ad3766e
+# %% ../nbs/01a_sampling.ipynb #f5daa492
 import math
 import secrets
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,18 +21,18 @@ from numpy.random import Philox
 
 from .errors import BadInput
 
-# %% ../nbs/01a_sampling.ipynb #9d25a341
-def is_int(v, low: int, high: int = 2**63 - 1) -> bool:
+# %% ../nbs/01a_sampling.ipynb #6faee99e
+def is_int(v: object, low: int, high: int = 2**63 - 1) -> bool:
     "Is `v` an integer (and not a bool) in [low, high]?"
     return isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
 
 
-def is_number(v, low: float, high: float = sys.float_info.max) -> bool:
+def is_number(v: object, low: float, high: float = sys.float_info.max) -> bool:
     "Is `v` a finite number (and not a bool) in [low, high]? NaN fails every comparison."
     return isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
 
 
-def is_list(v, test) -> bool:
+def is_list(v: object, test: Callable[[object], bool]) -> bool:
     "Is `v` a list or tuple whose items all pass `test`?"
     return isinstance(v, (list, tuple)) and all(map(test, v))
 
@@ -53,8 +54,8 @@ RULES = {  # name: (is the value allowed?, what is allowed)
     "logprobs": (lambda v: v is None or is_int(v, 0, 20), "None or an integer in [0, 20]"),
 }
 
-# %% ../nbs/01a_sampling.ipynb #2b158f32
-def plain(v):
+# %% ../nbs/01a_sampling.ipynb #e49ba269
+def plain(v: object) -> object:
     "numpy scalars as Python numbers, lists as tuples, the rest as it is."
     if isinstance(v, (list, tuple)): return tuple(map(plain, v))
     return v.item() if isinstance(v, np.generic) else v
@@ -125,7 +126,7 @@ def softmax(
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
 
-# %% ../nbs/01a_sampling.ipynb #7655c475
+# %% ../nbs/01a_sampling.ipynb #fc5f3c8c
 def apply_repetition_penalty(
     logits: np.ndarray, # (V,) float
     seen: set[int], # ids in the prompt or the output
@@ -134,7 +135,8 @@ def apply_repetition_penalty(
     "Weaken every token that was seen (CTRL, Keskar et al. 2019, section 4.1)."
     if penalty == 1 or not seen: return logits
     ids, out = np.fromiter(seen, int), logits.copy()
-    out[ids] = np.where(out[ids] > 0, out[ids] / penalty, out[ids] * penalty)
+    x = logits[ids]
+    out[ids] = np.where(x > 0, x / penalty, x * penalty)
     return out
 
 
@@ -168,17 +170,19 @@ def apply_min_p(
     if min_p == 0: return logits
     return np.where(logits >= logits.max() + math.log(min_p), logits, -np.inf)
 
-# %% ../nbs/01a_sampling.ipynb #972cff44
+# %% ../nbs/01a_sampling.ipynb #f6036944
 def top_ids(
     x: np.ndarray, # (V,) float
     k: int, # how many
-) -> np.ndarray: # (min(k, V),) ids
-    "The ids of the `k` largest values, best first, equal values by id; sorts only those."
-    k = min(k, len(x))
-    if k == 0: return np.empty(0, int)
+) -> np.ndarray: # (k,) ids, fewer if fewer tokens are allowed
+    "The ids of the `k` largest values above -inf, best first, equal values by id."
+    alive = np.flatnonzero(x > -np.inf)
+    x, k = x[alive], min(k, len(alive))
+    if k == 0: return alive[:0]
     kth = np.partition(x, len(x) - k)[len(x) - k]
-    ids = np.flatnonzero(x >= kth) # k of them, or more if several equal the k-th
-    return ids[np.argsort(-x[ids], kind="stable")][:k]
+    above, equal = np.flatnonzero(x > kth), np.flatnonzero(x == kth)
+    above = above[np.argsort(-x[above], kind="stable")] # all that is ever sorted
+    return alive[np.concatenate([above, equal])[:k]]
 
 
 def keep(
@@ -198,7 +202,7 @@ def apply_top_k(
     "Keep exactly the `k` likeliest tokens (Fan et al. 2018)."
     return logits if k <= 0 or k >= len(logits) else keep(logits, top_ids(logits, k))
 
-# %% ../nbs/01a_sampling.ipynb #3f5059e1
+# %% ../nbs/01a_sampling.ipynb #1dd6e822
 def apply_top_p(
     logits: np.ndarray, # (V,) float
     top_p: float, # in (0, 1]; 1 is off
@@ -206,13 +210,15 @@ def apply_top_p(
 ) -> np.ndarray: # (V,) with -inf
     "Keep the fewest tokens that together reach `top_p` (nucleus, Holtzman et al. 2019)."
     if top_p >= 1: return logits
-    probs = softmax(logits)
+    alive = np.flatnonzero(logits > -np.inf)
+    x = logits[alive]
+    probs = softmax(x)
     while True:
-        ids = top_ids(logits, n)
+        ids = top_ids(x, n)
         mass = np.cumsum(probs[ids])
-        if mass[-1] >= top_p or n >= len(logits): break
+        if mass[-1] >= top_p or n >= len(x): break
         n *= 8
-    return keep(logits, ids[: np.searchsorted(mass, top_p) + 1])
+    return keep(logits, alive[ids[: np.searchsorted(mass, top_p) + 1]])
 
 # %% ../nbs/01a_sampling.ipynb #df651849
 def uniform(
@@ -273,13 +279,13 @@ def report(
     top = None if k is None else {i: float(logprobs[i]) for i in ids}
     return Sampled(token, float(logprobs[token]), top)
 
-# %% ../nbs/01a_sampling.ipynb #1c4f6ad8
+# %% ../nbs/01a_sampling.ipynb #4c66d1a5
 class Sampler:
     "Chooses the tokens of one request, one call per token."
     def __init__(self,
         params: SamplingParams, # the request's wishes
-        prompt_ids=(), # the prompt, for the repetition penalty
-        output_ids=(), # tokens chosen before this object was made
+        prompt_ids: Sequence[int] = (), # the prompt, for the repetition penalty
+        output_ids: Sequence[int] = (), # tokens chosen before this object was made
     ):
         self.params = params
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
