@@ -295,7 +295,9 @@ def test_settings_beside_the_tokenizer(tmp_path):
     write('config.json', {'eos_token_id': 9, 'bos_token_id': 3})
     tok, chat = load_tokenizer(tmp_path), [{'role': 'user', 'content': 'x'}]
     assert (tok.bos_id, tok.eos_ids, tok.add_bos) == (1, (0, 5, 7, 9), True)
-    assert len(tok.encode(TEXTS[4])) > 3 and tok.encode('a')[0] == 1, 'never truncated, never padded'
+    whole = trained_bpe().encode(TEXTS[4]).ids
+    assert len(whole) > 3 and tok.encode(TEXTS[4]) == [1, *whole], 'never truncated'
+    assert len(tok.encode('a')) == 2, 'never padded'
     assert tok.apply_chat_template(chat) == 'D <|user|>'
     (tmp_path / 'chat_template.jinja').write_text('file')
     assert load_tokenizer(tmp_path).apply_chat_template(chat) == 'file'
@@ -308,9 +310,11 @@ def test_tokens_added_beside_a_sentencepiece_model(tmp_path):
     (tmp_path / 'tokenizer.model').write_bytes(trained_spm())
     n = sentencepiece.SentencePieceProcessor(model_proto=trained_spm()).vocab_size()
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(
-        {'eos_token': '<|im_end|>', 'added_tokens_decoder': {str(n): {'content': '<|im_end|>', 'special': True}}}))
+        {'eos_token': '<|im_end|>', 'added_tokens_decoder': {str(n): {'content': '<|im_end|>', 'special': True},
+                                                             str(n + 1): {'content': '<|im_end|>!'}}}))
     tok = load_tokenizer(tmp_path)
-    assert tok.eos_ids == (n, 2) and tok.vocab_size == n + 1
+    assert tok.eos_ids == (n, 2) and tok.vocab_size == n + 2
+    assert tok.encode('a<|im_end|>!')[-1] == n + 1, 'the longest one that fits'
     assert tok.encode('a<|im_end|>')[-1] == n and tok.decode([n]) == '<|im_end|>'
 
 
