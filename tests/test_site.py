@@ -82,6 +82,17 @@ def test_api_tables():
                                      '| `**rest` |  |  |  |', '| **returns** | `float` |  | the product |']
 
 
+def test_entries_stand_before_their_own_source():
+    from types import SimpleNamespace as Cell
+    entry = lambda name: Cell(source=f'#| echo: false\nshow_doc({name})', has_sd=True)
+    source = lambda text: Cell(source=text, directives_={'exports': []})
+    a, b, c = entry('A'), entry('b'), entry('c')
+    ab, just_c = source('class A: pass\n\ndef b(): pass'), source('def c(b): pass')
+    process = showdoc.EntriesFirst(Cell(cells=[b, ab, a, c, just_c]))
+    process.begin()
+    assert process.nb.cells == [a, b, ab, c, just_c]
+
+
 def test_readme_is_up_to_date(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert (ROOT / 'README.md').read_text(encoding='utf-8') == readme.readme()
