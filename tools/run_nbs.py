@@ -38,7 +38,7 @@ def stored(cell, flags):
 
 
 def run_one(path, flags):
-    "Run one notebook: (path, seconds, its text before, its text after or None where a cell failed)."
+    "Run one notebook: (path, seconds, text before, text after or None where a cell failed)."
     from execnb.nbio import nb2str, read_nb
     from execnb.shell import CaptureShell
     from nbdev.clean import clean_nb
