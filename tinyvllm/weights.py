@@ -20,7 +20,8 @@ from .hub import (DEFAULT_MODEL, MODELS, WheelModel, bad_file, cache_dir, models
 __all__ = ['STORED', 'BLOCKS', 'HEADER_LIMIT', 'NUMBERS', 'TEXT', 'ARRAY', 'GGML', 'UNREAD', 'OUTER', 'INNER', 'CODES', 'TINY',
            'ARCHITECTURES', 'Entry', 'stored_bytes', 'read_safetensors', 'Cursor', 'read_gguf', 'hf_name', 'unpermute',
            'to_device', 'decode', 'target_type', 'read_tensor', 'free_cache', 'Checkpoint', 'open_checkpoint',
-           'tensor_bytes', 'write_safetensors', 'save_safetensors', 'tensor_shapes', 'tiny_checkpoint']
+           'tensor_bytes', 'write_safetensors', 'save_safetensors', 'tensor_shapes', 'tiny_checkpoint', 'DEFAULT_MODEL',
+           'MODELS', 'WheelModel', 'models_found', 'pull', 'resolve']
 
 # %% ../nbs/00b_weights.ipynb #8a462383
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ def stored_bytes(
     _, values, size = BLOCKS[dtype]
     return -1 if shape[-1] % values else math.prod(shape) // values * size
 
-# %% ../nbs/00b_weights.ipynb #afa4c93a
+# %% ../nbs/00b_weights.ipynb #73edb5d5
 HEADER_LIMIT = 100_000_000 # bytes
+_all_ = ['DEFAULT_MODEL', 'MODELS', 'WheelModel', 'models_found', 'pull', 'resolve'] # from hub
 
 def _unique(path: Path, pairs: Iterator[tuple]) -> dict:
     "A dict of the pairs. Raises `BadInput` if two share a name."
