@@ -2,7 +2,7 @@
 
     python benchmarks/bandwidth.py            # prints rows and adds them to benchmarks/results/bandwidth.jsonl
 
-On a CPU: a read by one thread and by one per core. On a GPU: a copy. On both: the product of SmolLM2's
+On a CPU: a read by one thread and by one per core. On a GPU: row sums. On both: the product of SmolLM2's
 output layer (49152 x 576) with one vector, float32 and float16, bytes counted once.
 """
 import json
@@ -10,9 +10,9 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-import tinyvllm  # picks device and compiler before tinygrad looks
+import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from tinygrad import Device, Tensor, TinyJit, dtypes
-from tinyvllm.measure import commit, copy_bandwidth, machine_name, read_bandwidth, timed
+from tinyvllm.measure import commit, gpu_read_bandwidth, machine_name, read_bandwidth, timed
 
 OUT = Path(__file__).parent / 'results' / 'bandwidth.jsonl'
 
@@ -27,7 +27,7 @@ def product(dtype) -> float:
 
 def main() -> None:
     device = Device.DEFAULT
-    probes = {'copy': lambda: copy_bandwidth(device)}
+    probes = {'read': lambda: gpu_read_bandwidth(device)}
     if device.startswith('CPU'):
         probes = {'read, 1 thread': lambda: read_bandwidth(threads=1), 'read, all cores': read_bandwidth}
     probes |= {'product, float32': lambda: product(dtypes.float32), 'product, float16': lambda: product(dtypes.float16)}

@@ -17,6 +17,7 @@ from tinyvllm.sampling import (Sampled, Sampler, SamplingParams, apply_count_pen
                                draw, log_softmax, process_logits, softmax, top_ids, uniform)
 
 ALPHA = 1e-6
+sometimes_slow = settings(deadline=None)  # a busy machine is not a failure
 LOGITS = [1.0, 2.5, -0.5, 2.0, 0.0, 1.5, 2.5, -3.0]  # two tie for the first place
 PROMPT, OUTPUT = (1, 4, 1), (6, 6, 2)
 
@@ -137,7 +138,7 @@ def test_distribution_of_a_large_vocabulary():
            "min_p": st.floats(0, 1), "repetition_penalty": st.floats(.2, 3),
            "presence_penalty": st.floats(-2, 2), "frequency_penalty": st.floats(-2, 2)}),
        st.data())
-@settings(max_examples=400, deadline=None)
+@settings(sometimes_slow, max_examples=400)
 def test_process_logits_against_brute_force(logits, knobs, data):
     ids = st.lists(st.integers(0, len(logits) - 1), max_size=6)
     prompt, output = tuple(data.draw(ids)), tuple(data.draw(ids))
@@ -160,6 +161,7 @@ def by_sort(x):
 
 
 @given(rows, st.integers(0, 210))
+@sometimes_slow
 def test_top_ids_and_top_k(x, k):
     order = by_sort(x)[:k]
     assert top_ids(x, k).tolist() == order
@@ -169,10 +171,11 @@ def test_top_ids_and_top_k(x, k):
 
 
 @given(rows, st.floats(1e-9, 1), st.integers(1, 20))
+@sometimes_slow
 def test_top_p_for_any_number_of_candidates(x, top_p, n):
     "Taking candidates in rounds gives what the sorted row gives, to the bit."
     order, mass, kept = by_sort(x), 0.0, []
-    probs = softmax(x)
+    probs = dict(zip(sorted(order), softmax(x[sorted(order)])))
     for i in order:
         if mass >= top_p: break
         kept.append(i)
@@ -183,6 +186,7 @@ def test_top_p_for_any_number_of_candidates(x, top_p, n):
 
 
 @given(rows, st.floats(0, 1))
+@sometimes_slow
 def test_min_p(x, min_p):
     ps, out = softmax(x), apply_min_p(x, min_p)
     for p, before, after in zip(ps, x, out):
@@ -223,6 +227,7 @@ def test_what_each_penalty_looks_at():
 # --- off means off, greedy means greedy, inputs stay -----------------------------------------------
 
 @given(rows)
+@sometimes_slow
 def test_knobs_that_are_off_return_the_same_array(x):
     for off in (apply_temperature(x, 1.0), apply_min_p(x, 0.0), apply_top_k(x, 0), apply_top_k(x, -1),
                 apply_top_k(x, len(x)), apply_top_p(x, 1.0), apply_repetition_penalty(x, {0}, 1.0),
@@ -239,6 +244,7 @@ def test_explicit_no_ops_give_the_same_tokens():
 
 
 @given(rows, st.sampled_from([0, 0.0, 1e-6]))
+@sometimes_slow
 def test_greedy_is_the_lowest_argmax_whatever_the_filters(x, temperature):
     s = Sampler(SamplingParams(temperature=temperature, top_k=2, top_p=0.1, min_p=0.9))
     assert s.params.greedy and int(s(x)) == by_sort(x)[0]
@@ -309,6 +315,7 @@ def philox(key, counter):
 
 
 @given(st.integers(-2**63, 2**63 - 1), st.integers(0, 2**40))
+@sometimes_slow
 def test_uniform_is_philox_of_seed_and_position(seed, position):
     "numpy adds one to the counter before its first block."
     assert uniform(seed, position) == (philox(seed % 2**64, position + 1) >> 11) / 2**53
@@ -344,7 +351,7 @@ def test_no_seed_means_fresh_and_still_repeatable():
 
 
 @given(st.integers(0, 30), st.integers(-2**63, 2**63 - 1))
-@settings(deadline=None)
+@sometimes_slow
 def test_resuming_anywhere_gives_the_same_tokens(cut, seed):
     "Recomputed after a preemption: same penalties, same random numbers."
     params = SamplingParams(seed=seed, repetition_penalty=1.2, frequency_penalty=.3, top_p=.9, logprobs=2)
@@ -373,6 +380,7 @@ def test_draw_hits_every_token_at_its_place_and_no_forbidden_one():
 
 
 @given(rows, st.floats(0, 1, exclude_max=True))
+@sometimes_slow
 def test_draw_is_the_inverse_of_the_running_sum(x, u):
     token, ps = draw(x, u), softmax(x)
     assert ps[token] > 0
@@ -382,6 +390,7 @@ def test_draw_is_the_inverse_of_the_running_sum(x, u):
 # --- log-probabilities ---------------------------------------------------------------------------------
 
 @given(rows)
+@sometimes_slow
 def test_log_softmax_in_higher_precision(x):
     m = float(x.max())
     total = math.log(math.fsum(math.exp(v - m) for v in x.tolist()))
