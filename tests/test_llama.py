@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 from tinygrad import Tensor
 from tinyvllm.errors import BadInput
 from tinyvllm.llama import (Batch, Llama, NoCache, apply_rope, check_weights, dense_attend,
-                            load_model, model_config, rope_frequencies, rope_table, weight_shapes)
-from tinyvllm.weights import open_checkpoint, save_safetensors, tiny_checkpoint
+                            load_model, model_config, rope_frequencies, rope_table)
+from tinyvllm.weights import open_checkpoint, save_safetensors, tensor_shapes, tiny_checkpoint
 
 TINY = dict(vocab_size=160, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
             num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256)
@@ -17,7 +17,7 @@ LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_fr
 FAMILIES = {
     'llama': ('LlamaConfig', {}),
     'llama, tied': ('LlamaConfig', {'tie_word_embeddings': True}),
-    'llama, biased': ('LlamaConfig', {'attention_bias': True}),
+    'llama, biased': ('LlamaConfig', {'attention_bias': True, 'mlp_bias': True}),
     'llama-3 scaling': ('LlamaConfig', {'rope_parameters': LLAMA3}),
     'linear scaling': ('LlamaConfig', {'rope_parameters': {'rope_type': 'linear', 'factor': 4.0,
                                                            'rope_theta': 10000.0}}),
@@ -145,7 +145,7 @@ def test_sliding_window_bounds_the_context():
         .max_position_embeddings == config['max_position_embeddings']
 
 
-def test_weight_shapes_are_what_tiny_checkpoint_makes():
+def test_tensor_shapes_are_what_tiny_checkpoint_makes():
     for overrides in ({}, {'tie_word_embeddings': True}, {'model_type': 'qwen2'}, {'model_type': 'qwen3'}):
         config, state = tiny_checkpoint(**overrides)
-        assert weight_shapes(model_config(config)) == {k: tuple(v.shape) for k, v in state.items()}
+        assert tensor_shapes(vars(model_config(config))) == {k: tuple(v.shape) for k, v in state.items()}

@@ -64,50 +64,59 @@ def parser() -> Parser:
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument('--version', action='version', version=f'tinyvllm {__version__}')
     commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
-
-    def command(name, run, text):
-        p = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES[name],
+    for run, text, add_options in (
+            (pull, 'Download a model into the cache.', pull_options),
+            (generate, 'Complete a text, word by word.', generate_options),
+            (chat, 'Talk to a model, with its own chat template.', chat_options),
+            (bench, 'Measure decoding and add a row to the ladder.', bench_options),
+            (info, 'Show device, compiler, bandwidth, cache and models.', device_option)):
+        p = commands.add_parser(run.__name__, help=text, description=text, epilog=EXAMPLES[run.__name__],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
         p.set_defaults(run=run)
-        return p
+        add_options(p)
+    return top
 
-    p = command('pull', pull, 'Download a model into the cache.')
+
+def pull_options(p: Parser) -> None:
     p.add_argument('name', nargs='?', default='smollm2', help='a known name, or org/name of the hub')
-    p = command('generate', generate, 'Complete a text, word by word.')
+
+
+def generate_options(p: Parser) -> None:
     p.add_argument('prompt', metavar='PROMPT', help='raw text, no chat template; - reads standard input')
     p.add_argument('--json', action='store_true', help='print one JSON object at the end instead')
-    add_model_options(p)
-    add_sampling_options(p, max_tokens=64)
-    p = command('chat', chat, 'Talk to a model, with its own chat template.')
+    model_options(p)
+    sampling_options(p, max_tokens=64)
+
+
+def chat_options(p: Parser) -> None:
     p.add_argument('--system', metavar='TEXT', help='what the model is told first')
-    add_model_options(p)
-    add_sampling_options(p, max_tokens=512)
-    p = command('bench', bench, 'Measure decoding and add a row to the ladder.')
+    model_options(p)
+    sampling_options(p, max_tokens=512)
+
+
+def bench_options(p: Parser) -> None:
     p.add_argument('--rung', default='01b', choices=['01', '01b'], help='01: no cache; 01b: KV cache')
     p.add_argument('--prompt-tokens', type=int, default=32, metavar='N', help='default 32')
     p.add_argument('--tokens', type=int, default=16, metavar='N', help='tokens to generate; default 16')
     p.add_argument('--repeat', type=int, default=3, metavar='N', help='runs; the median counts; default 3')
     p.add_argument('--ladder', metavar='FILE', help='default: nbs/ladder.jsonl in a checkout, else the cache')
-    add_model_options(p)
-    p = command('info', info, 'Show device, compiler, bandwidth, cache and models.')
-    add_device_option(p)
-    return top
+    model_options(p)
 
 
-def add_device_option(p: Parser) -> None:
+def device_option(p: Parser) -> None:
     "`--device`."
     p.add_argument('--device', help='METAL, CUDA, CPU, ...; default: the best there is (or $DEV)')
 
 
-def add_model_options(p: Parser) -> None:
+def model_options(p: Parser) -> None:
     "`--model`, `--dtype`, `--device`."
     p.add_argument('--model', default='smollm2', help='a name, a folder or a .gguf file; default smollm2')
     p.add_argument('--dtype', default='auto', choices=['auto', 'float32', 'float16', 'bfloat16'],
                    help='of the weights; auto: float32 on the CPU, else float16')
-    add_device_option(p)
+    device_option(p)
 
 
-def add_sampling_options(p: Parser, max_tokens: int) -> None:
+def sampling_options(p: Parser, max_tokens: int) -> None:
     "What `SamplingParams` takes."
     p.add_argument('--max-tokens', type=int, default=max_tokens, metavar='N', help=f'default {max_tokens}')
     p.add_argument('--temperature', type=float, default=0.0, metavar='T', help='0 is greedy; default 0')

@@ -1,0 +1,172 @@
+"The command line as a user meets it: a process, its output, its exit code."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tinyvllm.cli import main
+from tinyvllm.tokenizer import load_tokenizer
+from tinyvllm.weights import resolve, save_safetensors, tiny_checkpoint
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "A tiny model in Hugging Face layout, with a tokenizer that has a chat template."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    folder = tmp_path_factory.mktemp('tiny')
+    save_safetensors(folder, *tiny_checkpoint(seed=0))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(alphabet)}
+    tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.add_special_tokens(['<eos>'])
+    tok.save(str(folder / 'tokenizer.json'))
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    (folder / 'tokenizer_config.json').write_text(json.dumps(
+        {'eos_token': '<eos>', 'chat_template': template}))
+    return folder
+
+
+def tinyvllm(*args, **options):
+    options = dict(capture_output=True, text=True, timeout=300) | options
+    return subprocess.run([sys.executable, '-m', 'tinyvllm', *map(str, args)], **options)
+
+
+def in_process(capsys, *args):
+    "Exit code, standard output and standard error of a command run here: no start-up time."
+    try:
+        code = main([str(a) for a in args])
+    except SystemExit as stop:
+        code = stop.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_json_has_every_field_and_streams_join_to_it(folder, capsys):
+    code, out, err = in_process(capsys, 'generate', 'abc', '--model', folder, '--max-tokens', 6, '--json')
+    result = json.loads(out)
+    assert code == 0 and set(result) == {'text', 'token_ids', 'prompt_token_ids', 'finish_reason', 'metrics'}
+    assert set(result['metrics']) == {'ttft_s', 'decode_tok_s', 'prompt_tokens', 'generated_tokens',
+                                      'peak_memory_bytes'}
+    assert len(result['token_ids']) == 6 == result['metrics']['generated_tokens']
+    assert result['metrics']['prompt_tokens'] == len(result['prompt_token_ids']) == 3
+    assert result['metrics']['peak_memory_bytes'] > 10_000_000 and result['metrics']['ttft_s'] > 0
+    code, out, err = in_process(capsys, 'generate', 'abc', '--model', folder, '--max-tokens', 6)
+    assert code == 0 and out == result['text'] + '\n' and 'tok/s' in err and '%' in err
+
+
+def test_stdin_seed_and_stop(folder):
+    args = ('generate', '-', '--model', folder, '--max-tokens', 5, '--temperature', 1.2, '--seed', 3, '--json')
+    first, second = (json.loads(tinyvllm(*args, input='abc').stdout) for _ in range(2))
+    assert first['token_ids'] == second['token_ids'] and first['prompt_token_ids'] == second['prompt_token_ids']
+    piece = first['text'][1:2]
+    stopped = json.loads(tinyvllm(*args, '--stop', piece, input='abc').stdout)
+    assert stopped['finish_reason'] == 'stop' and stopped['text'] == first['text'][:first['text'].index(piece)]
+
+
+BAD = [
+    (['generate', ''], 'prompt is empty'), (['generate', 'x', '--temperature', '-1'], 'temperature'),
+    (['generate', 'x', '--temperature', 'nan'], 'temperature'), (['generate', 'x', '--top-p', '0'], 'top_p'),
+    (['generate', 'x', '--top-p', '1.5'], 'top_p'), (['generate', 'x', '--top-p', 'inf'], 'top_p'),
+    (['generate', 'x', '--max-tokens', '-1'], 'max_tokens'), (['generate', 'x', '--max-tokens', 'many'], 'max-tokens'),
+    (['generate', 'x', '--min-p', '2'], 'min_p'), (['generate', 'x', '--top-k', '-5'], 'top_k'),
+    (['generate', 'x', '--stop', ''], 'stop'), (['generate', 'x', '--model', '/no/such/file.gguf'], '/no/such/file.gguf'),
+    (['generate', 'x', '--model', 'nosuch'], 'nosuch'), (['generate', 'x', '--dtype', 'int8'], 'dtype'),
+    (['generate'], 'PROMPT'), (['dance'], 'dance'), ([], 'COMMAND'), (['pull', 'nosuch'], 'nosuch'),
+    (['bench', '--tokens', '1'], '--tokens'), (['bench', '--repeat', '0'], '--repeat'), (['bench', '--rung', '99'], '99'),
+]
+
+
+@pytest.mark.parametrize('args, names', BAD, ids=[' '.join(a) or 'nothing' for a, _ in BAD])
+def test_a_mistake_is_one_line_and_exit_2(capsys, args, names):
+    code, out, err = in_process(capsys, *args)
+    assert code == 2 and out == '' and names in err
+    assert err.count('\n') == 1 and 'Traceback' not in err and err.startswith('tinyvllm')
+
+
+def test_damaged_models_are_one_line_and_exit_2(folder, tmp_path, capsys):
+    weights, config = (folder / 'model.safetensors').read_bytes(), (folder / 'config.json').read_text()
+    for change, names in (({'model.safetensors': weights[:-8]}, 'safetensors'), ({'config.json': '{'}, 'config.json'),
+                          ({'config.json': config.replace('"llama"', '"gpt2"')}, 'gpt2'),
+                          ({'tokenizer.json': '[]'}, 'tokenizer'), ({'model.gguf': b'GGUX' + bytes(60)}, 'model.gguf')):
+        broken = tmp_path / names.replace('/', '')
+        broken.mkdir()
+        for file in folder.iterdir():
+            (broken / file.name).write_bytes(file.read_bytes())
+        for name, data in change.items():
+            (broken / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+        path = broken / 'model.gguf' if 'model.gguf' in change else broken
+        code, out, err = in_process(capsys, 'generate', 'x', '--model', path)
+        assert code == 2 and out == '' and names in err and err.count('\n') == 1, (names, err)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(folder, capsys):
+    context = json.loads((folder / 'config.json').read_text())['max_position_embeddings']
+    code, _, err = in_process(capsys, 'generate', 'x' * (context + 1), '--model', folder)
+    assert code == 2 and f'{context + 1} tokens' in err and str(context) in err
+
+
+def test_unusable_device_is_named():
+    run = tinyvllm('generate', 'x', '--device', 'FOO')
+    assert run.returncode == 2 and run.stderr.count('\n') == 1 and 'FOO' in run.stderr
+
+
+def test_chat_remembers_resets_and_exits(folder):
+    args = ('chat', '--model', folder, '--max-tokens', 3)
+    run = tinyvllm(*args, input='a\nb\n/reset\na\n/exit\nnever read\n')
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith('\n') and 'never' not in run.stdout
+    alone, again = (tinyvllm(*args, input=text).stdout for text in ('a\n', 'b\n/reset\na\n'))
+    assert run.stdout.startswith(alone) and run.stdout.endswith(alone) and again.endswith(alone)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
+    process = subprocess.Popen([sys.executable, '-u', '-m', 'tinyvllm', 'chat', '--model', str(folder),
+                                '--max-tokens', '200', '--ignore-eos'], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONUTF8': '1'})
+    process.stdin.write(b'abc\n')
+    process.stdin.flush()
+    assert process.stdout.read(1)          # it answers
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(b'/exit\n', timeout=120)
+    assert process.returncode == 0 and b'Traceback' not in err and b' ...' in out
+
+
+def test_bench_appends_a_row_and_prints_it(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 10e9)
+    ladder = tmp_path / 'ladder.jsonl'
+    for rung in ('01', '01b'):
+        code, out, err = in_process(capsys, 'bench', '--rung', rung, '--model', folder, '--tokens', 3,
+                                    '--prompt-tokens', 4, '--repeat', 1, '--ladder', ladder)
+        assert code == 0 and f'| {rung} |' in out and str(ladder) in err
+    rows = [json.loads(line) for line in ladder.read_text().splitlines()]
+    assert [r['rung'] for r in rows] == ['01', '01b'] and all(r['greedy_equal'] for r in rows)
+    code, _, err = in_process(capsys, 'bench', '--model', folder, '--tokens', 2, '--repeat', 1,
+                              '--prompt-tokens', 4, '--ladder', tmp_path / 'no' / 'folder.jsonl')
+    assert code == 2 and 'folder.jsonl' in err and err.splitlines()[-1].startswith('tinyvllm: error')
+
+
+def test_info_and_help_tell_what_there_is():
+    run = tinyvllm('info')
+    for word in ('device', 'compiler', 'tinygrad', 'bandwidth', 'cache', 'model'):
+        assert f'\n{word}' in f'\n{run.stdout}'
+    for command in ('pull', 'generate', 'chat', 'bench', 'info'):
+        assert 'examples:' in tinyvllm(command, '--help').stdout
+
+
+def test_closed_pipe_is_no_error(folder):
+    shell = f'"{sys.executable}" -m tinyvllm generate abc --model "{folder}" --max-tokens 40 | head -c 1; echo "${{PIPESTATUS[0]}}"'
+    run = subprocess.run(['bash', '-c', shell], capture_output=True, text=True, timeout=300)
+    assert 'Traceback' not in run.stderr and run.stdout.endswith('0\n')
+
+
+def test_the_default_model_answers():
+    run = tinyvllm('generate', 'The capital of France is', '--max-tokens', 2, '--json')
+    result = json.loads(run.stdout)
+    assert result['text'] == ' Paris.' and result['token_ids'] == [7042, 30]
+    assert load_tokenizer(resolve('smollm2')).encode('The capital of France is') == result['prompt_token_ids']
