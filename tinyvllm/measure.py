@@ -257,11 +257,11 @@ def ladder_table(
              f'| {r.ttft_s:.2f} s |' for r in rows]
     return '\n'.join([head, '|' + '---|' * 8, *lines])
 
-# %% ../nbs/00_measure.ipynb #901ebd8e
+# %% ../nbs/00_measure.ipynb #77cb78c7
 def plot_ladder(
     rows: list[LadderRow], # what `read_rows` returns
 ):
-    "Decode speed by rung, one panel per machine, the memory limit as a line; returns the figure."
+    "Decode speed by rung, a panel per machine, the memory limit as a line; returns the figure."
     import matplotlib.pyplot as plt
     machines = sorted({(r.machine, r.device) for r in rows})
     panels = max(1, len(machines))
@@ -271,8 +271,11 @@ def plot_ladder(
         ax.bar([r.rung for r in here], [r.decode_tok_s for r in here], color='#2e86c1', width=0.6)
         for i, r in enumerate(here):
             ax.text(i, r.decode_tok_s, f'{r.decode_tok_s:.2g}', ha='center', va='bottom')
-        ax.axhline(here[0].roof_tok_s, color='#c0392b', ls='--', lw=1)
-        ax.set(title=machine[0], yscale='log', xlabel='rung', ylim=(0.05, here[0].roof_tok_s * 2))
+        roof = max(r.roof_tok_s for r in here)
+        ax.axhline(roof, color='#c0392b', ls='--', lw=1)
+        ax.text(-0.5, roof, f' memory limit, {roof:,.0f}', color='#c0392b', fontsize=8, va='bottom')
+        ax.set(title=machine[0], yscale='log', xlabel='rung', xlim=(-0.6, max(2, len(here)) - 0.4),
+               ylim=(0.05, roof * 3))
         ax.title.set_fontsize(9); ax.spines[['top', 'right']].set_visible(False)
     axes[0][0].set_ylabel('tokens per second'); fig.tight_layout()
     return fig
