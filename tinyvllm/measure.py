@@ -83,7 +83,7 @@ def peak_memory() -> int: # bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024    # Linux counts in KiB
 
-# %% ../nbs/00_measure.ipynb #9480af9f
+# %% ../nbs/00_measure.ipynb #c0fc5afa
 def read_bandwidth(
     nbytes: int = 2**29, # size of the array: larger than the last cache
     threads: int | None = None, # None is one per core
@@ -98,7 +98,7 @@ def read_bandwidth(
 
 def gpu_read_bandwidth(
     device: str, # tinygrad's name
-    nbytes: int = 2**30, # size of the matrix: far larger than the last cache
+    nbytes: int = 2**29, # size of the matrix: ten times the last cache of an H100
     repeat: int = 9, # graphs; the best one counts
 ) -> float: # bytes per second
     "How fast a GPU reads memory: row sums, sixteen to a graph, so that launches cost nothing."
