@@ -17,7 +17,7 @@ help:  ## show this list
 
 demo: $(VENV)/installed  ## install, fetch the default model, stream a completion
 	$(VENV)/bin/tinyvllm pull
-	$(VENV)/bin/tinyvllm generate "$(PROMPT)" --max-tokens 48 --temperature 0
+	$(VENV)/bin/tinyvllm generate "$(PROMPT)" --max-tokens 32
 
 test: $(VENV)/installed-dev  ## everything CI runs
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" tools/check.sh

@@ -138,6 +138,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     assert load_model(tmp_path / 'good').config.hidden_size == config['hidden_size']
 
 
+def test_an_absurd_layer_count_is_refused_at_once(tmp_path):
+    config, state = tiny_checkpoint()
+    save_safetensors(tmp_path / 'm', {**config, 'num_hidden_layers': 2**30}, state)
+    with pytest.raises(BadInput, match='1073741824 layers'): load_model(tmp_path / 'm')
+
+
 def test_sliding_window_bounds_the_context():
     config, _ = tiny_checkpoint(model_type='mistral')
     assert model_config({**config, 'sliding_window': 32}).max_position_embeddings == 32

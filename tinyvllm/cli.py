@@ -345,11 +345,15 @@ def main(argv: list[str] | None = None) -> int:
             use_device(args.device)
         args.run(args)
         return 0
+    except BrokenPipeError:   # `tinyvllm ... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (BadInput, OSError) as error:
-        if isinstance(error, BrokenPipeError):   # `tinyvllm ... | head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         print(f'tinyvllm: error: {error}', file=sys.stderr)
+        return 2
+    except MemoryError:
+        print('tinyvllm: error: not enough memory; ask for fewer tokens, or use --dtype float16',
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -62,7 +62,7 @@ def _check(config: ModelConfig) -> ModelConfig:
     if config.head_dim % 2: raise BadInput(f'model config: head_dim {config.head_dim} is odd')
     return config
 
-# %% ../nbs/00c_llama.ipynb #c05eb47f
+# %% ../nbs/00c_llama.ipynb #d5ad0208
 def _hf_rope(c: dict) -> dict:
     "RoPE settings of a config.json: transformers 5 nests them in `rope_parameters`."
     rope = c.get('rope_parameters') or c.get('rope_scaling') or {}
@@ -78,7 +78,7 @@ def _config_from_hf(c: dict) -> ModelConfig:
     kind = c.get('model_type')
     hidden, heads = _need(c, 'hidden_size'), _need(c, 'num_attention_heads')
     if c.get('hidden_act', 'silu') != 'silu':
-        raise BadInput(f"model config: hidden_act {c['hidden_act']!r} is unknown; only 'silu' is")
+        raise BadInput(f"model config: hidden_act {c['hidden_act']!r} is not supported, only silu")
     context = _need(c, 'max_position_embeddings', default=2048)
     if c.get('sliding_window') is not None and c.get('use_sliding_window', True):
         context = min(context, _need(c, 'sliding_window'))   # up to there, full attention is exact
@@ -116,12 +116,15 @@ def model_config(
     "Read a model's configuration; raises `BadInput` naming the key that is missing or wrong."
     return (_config_from_gguf if 'general.architecture' in config else _config_from_hf)(config)
 
-# %% ../nbs/00c_llama.ipynb #d2f9c82f
+# %% ../nbs/00c_llama.ipynb #19c95cef
 def check_weights(
     config: ModelConfig, # what the arrays must fit
     checkpoint: Checkpoint, # what the files hold
 ) -> None:
     "Compare every array's shape with what the configuration implies; raises `BadInput`."
+    if config.num_hidden_layers > len(checkpoint.names):   # before a false number is counted up to
+        raise BadInput(f'{checkpoint.path}: the config says {config.num_hidden_layers} layers, '
+                       f'but the file holds {len(checkpoint.names)} tensors')
     for name, shape in tensor_shapes(vars(config)).items():
         if name not in checkpoint.names:
             raise BadInput(f'{checkpoint.path}: the tensor {name} is missing; the file is '

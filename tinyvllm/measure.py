@@ -246,14 +246,14 @@ def read_rows(
             rows[row.rung, row.machine, row.model, row.dtype] = row
     return sorted(rows.values(), key=lambda r: (r.machine, r.rung))
 
-# %% ../nbs/00_measure.ipynb #6e57dd61
+# %% ../nbs/00_measure.ipynb #ee3930e6
 def ladder_table(
     rows: list[LadderRow], # what `read_rows` returns
 ) -> str: # Markdown
     "The ladder as a table."
     head = '| rung | machine | model | tok/s | limit | share | kernels/token | first token |'
     lines = [f'| {r.rung} | {r.machine} ({r.device}) | {r.model} {r.dtype} | {r.decode_tok_s:.2f} '
-             f'| {r.roof_tok_s:,.0f} | {r.roof_share:.1%} | {r.kernels_per_token} '
+             f'| {r.roof_tok_s:,.0f} | {100*r.roof_share:.2g} % | {r.kernels_per_token} '
              f'| {r.ttft_s:.2f} s |' for r in rows]
     return '\n'.join([head, '|' + '---|' * 8, *lines])
 
