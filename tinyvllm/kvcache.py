@@ -21,7 +21,7 @@ def written(
     "Write rows in place. The write runs when the result is read, and only then."
     return Tensor(store.uop.after(store[at:at+new.shape[0]].uop.store(new.uop)))
 
-# %% ../nbs/01b_kvcache.ipynb #cdafd555
+# %% ../nbs/01b_kvcache.ipynb #2fd49abc
 class KVCache:
     "Contiguous: room for one sequence, reserved at once."
     chunk = 512   # most tokens that one pass adds
@@ -54,7 +54,9 @@ class KVCache:
         self.tokens += ids
 
     @property
-    def nbytes(self) -> int: return sum(t.nbytes() for t in self.k + self.v)   # used or not
+    def nbytes(self) -> int:
+        "Memory it holds, used or not."
+        return sum(t.nbytes() for t in self.k + self.v)
 
 # %% ../nbs/01b_kvcache.ipynb #45403d5b
 def reuse(
