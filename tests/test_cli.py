@@ -103,6 +103,15 @@ def test_damaged_models_are_one_line_and_exit_2(folder, tmp_path, capsys):
         assert code == 2 and out == '' and names in err and err.count('\n') == 1, (names, err)
 
 
+def test_weights_that_compute_nan_are_one_line_and_exit_2(folder, tmp_path, capsys):
+    config, state = tiny_checkpoint(seed=0)
+    save_safetensors(tmp_path / 'nan', config, {**state, 'model.norm.weight': state['model.norm.weight'] * float('nan')})
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        (tmp_path / 'nan' / name).write_bytes((folder / name).read_bytes())
+    code, out, err = in_process(capsys, 'generate', 'x', '--model', tmp_path / 'nan', '--json')
+    assert code == 2 and out == '' and err.count('\n') == 1 and 'NaN' in err
+
+
 def test_a_prompt_longer_than_the_context_is_refused(folder, capsys):
     context = json.loads((folder / 'config.json').read_text())['max_position_embeddings']
     code, _, err = in_process(capsys, 'generate', 'x' * (context + 1), '--model', folder)

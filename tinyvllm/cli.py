@@ -78,10 +78,12 @@ def parser() -> Parser:
 
 
 def pull_options(p: Parser) -> None:
+    "What to fetch."
     p.add_argument('name', nargs='?', default='smollm2', help='a known name, or org/name of the hub')
 
 
 def generate_options(p: Parser) -> None:
+    "A prompt, a model, and how to sample."
     p.add_argument('prompt', metavar='PROMPT', help='raw text, no chat template; - reads standard input')
     p.add_argument('--json', action='store_true', help='print one JSON object at the end instead')
     model_options(p)
@@ -89,12 +91,14 @@ def generate_options(p: Parser) -> None:
 
 
 def chat_options(p: Parser) -> None:
+    "A model and how to sample."
     p.add_argument('--system', metavar='TEXT', help='what the model is told first')
     model_options(p)
     sampling_options(p, max_tokens=512)
 
 
 def bench_options(p: Parser) -> None:
+    "Which rung, how much work, where to keep the row."
     p.add_argument('--rung', default='01b', choices=['01', '01b'], help='01: no cache; 01b: KV cache')
     p.add_argument('--prompt-tokens', type=int, default=32, metavar='N', help='default 32')
     p.add_argument('--tokens', type=int, default=16, metavar='N', help='tokens to generate; default 16')
@@ -348,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:   # `tinyvllm ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, FloatingPointError) as error:   # the last: weights that hold NaN
         print(f'tinyvllm: error: {error}', file=sys.stderr)
         return 2
     except MemoryError:

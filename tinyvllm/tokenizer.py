@@ -175,6 +175,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kw)
 
     def call_binop(self, context, op, left, right):
+        "Multiply, but not into something huge; `**` and text `%` are refused."
         sizes = [len(x) if hasattr(x, '__len__') else abs(x) for x in (left, right) if op == '*']
         if op == '**' or op == '%' and isinstance(left, str) or math.prod(sizes) > MAX_SIZE:
             raise SecurityError(f'{op} may build a huge value')

@@ -145,7 +145,8 @@ class Cursor:
     def numbers(self, code: str, n: int) -> tuple: # `n` numbers of one struct code
         return struct.unpack_from(f'<{n}{code}', self.data, self.skip(struct.calcsize(code) * n))
 
-    def text(self) -> str: # a 64-bit length, then UTF-8
+    def text(self) -> str:
+        "A text: a 64-bit length, then UTF-8. Raises `BadInput`."
         start = self.skip(self.numbers('Q', 1)[0])
         try: return str(self.data[start:self.at], 'utf-8')
         except UnicodeDecodeError:
