@@ -288,10 +288,10 @@ def bench(args) -> None:
                      model=os.path.basename(args.model.rstrip('/')), dtype=model.dtype,
                      workload=f'{len(ids)}+{args.tokens}',
                      greedy_equal=same_greedy(model, ids, runs[0].tokens))
-    path = args.ladder or ladder_path()
+    stored, path = read_rows(files('tinyvllm') / 'data/ladder.jsonl'), args.ladder or ladder_path()
     append_row(path, row)
-    print(ladder_table(read_rows(files('tinyvllm') / 'data/ladder.jsonl', path)))
-    print(f'row added to {path}', file=sys.stderr)
+    print(ladder_table([*stored, row]))
+    print(f'the last row is yours; it was added to {path}', file=sys.stderr)
 
 
 def check_counts(args) -> None:
