@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from tinyvllm.errors import BadInput
 from tinyvllm.generate import Generation, StopText, bucket, check_prompt, generate, greedy, same_greedy
 from tinyvllm.kvcache import KVCache, reuse
-from tinyvllm.llama import Batch, Llama, NoCache, dense_attend, kv_bytes, model_config, weight_bytes
+from tinyvllm.llama import InputBatch, Llama, NoCache, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
 from tinyvllm.weights import tiny_checkpoint
 
@@ -47,7 +47,7 @@ def test_bucket_is_large_enough_and_not_twice_as_large(n):
 def test_loop_equals_the_definition(model):
     ids, want = [11, 42, 7], []
     for _ in range(5):
-        logits = model(Batch.of(ids + want), NoCache(), dense_attend).numpy()
+        logits = model(InputBatch.of(ids + want), NoCache(), dense_attend).numpy()
         want.append(int(logits[0].argmax()))
     assert list(generate(model, ids, 5)) == want
     assert list(generate(model, ids, 5, cache=KVCache(model, 8))) == want

@@ -7,7 +7,7 @@ import pytest
 
 from tinyvllm.generate import Generation, bucket, generate, same_greedy
 from tinyvllm.kvcache import KVCache
-from tinyvllm.llama import Batch, NoCache, dense_attend, load_model, weight_bytes
+from tinyvllm.llama import InputBatch, NoCache, dense_attend, load_model, weight_bytes
 from tinyvllm.tokenizer import load_tokenizer
 from tinyvllm.weights import resolve
 
@@ -34,7 +34,7 @@ def test_prompt_ids(tokenizer, golden):
 def test_64_greedy_tokens_and_top5_in_one_pass(smollm, golden):
     "By induction: if each golden token is the argmax after those before it, the greedy loop says them all."
     ids, n = golden['prompt_ids'] + golden['greedy_ids'], len(golden['prompt_ids'])
-    batch = Batch.of(ids[:-1], size=bucket(len(ids) - 1), rows=list(range(n - 1, len(ids) - 1)))
+    batch = InputBatch.of(ids[:-1], size=bucket(len(ids) - 1), rows=list(range(n - 1, len(ids) - 1)))
     logp = smollm(batch, NoCache(), dense_attend).log_softmax(-1).numpy()
     assert logp.argmax(-1).tolist() == golden['greedy_ids']
     for row, top in zip(logp, golden['top5_first8']):

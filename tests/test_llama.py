@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tinygrad import Tensor
 from tinyvllm.errors import BadInput
-from tinyvllm.llama import (Batch, Llama, NoCache, apply_rope, check_weights, dense_attend,
+from tinyvllm.llama import (InputBatch, Llama, NoCache, apply_rope, check_weights, dense_attend,
                             load_model, model_config, rope_frequencies, rope_table)
 from tinyvllm.weights import open_checkpoint, save_safetensors, tensor_shapes, tiny_checkpoint
 
@@ -47,7 +47,7 @@ def family(request, tmp_path_factory):
 def test_logits_equal_transformers(family):
     folder, ids, want = family
     model = load_model(folder, dtype='float32')
-    got = model(Batch.of(ids, rows=list(range(len(ids)))), NoCache(), dense_attend).numpy()
+    got = model(InputBatch.of(ids, rows=list(range(len(ids)))), NoCache(), dense_attend).numpy()
     assert np.abs(got - want).max() < 1e-4
     assert (got.argmax(-1) == want.argmax(-1)).all()
 
@@ -62,8 +62,8 @@ def tiny(seed=0, **overrides):
 def test_no_token_sees_the_future(ids, data):
     model, cut = tiny(), data.draw(st.integers(1, len(ids) - 1))
     rows = list(range(cut))
-    whole = model(Batch.of(ids, size=16, rows=rows), NoCache(), dense_attend).numpy()
-    part = model(Batch.of(ids[:cut], size=16, rows=rows), NoCache(), dense_attend).numpy()
+    whole = model(InputBatch.of(ids, size=16, rows=rows), NoCache(), dense_attend).numpy()
+    part = model(InputBatch.of(ids[:cut], size=16, rows=rows), NoCache(), dense_attend).numpy()
     assert np.abs(whole - part).max() < 1e-5
 
 
@@ -73,7 +73,7 @@ def test_dense_attention_equals_float64(heads, new, before, seed):
     (H, K), D, rng = heads, 8, np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((n, h, D)).astype(np.float32)
                for n, h in ((new, H), (before + new, K), (before + new, K)))
-    got = dense_attend(Tensor(q), Tensor(k), Tensor(v), Batch.of([0] * new, start=before)).numpy()
+    got = dense_attend(Tensor(q), Tensor(k), Tensor(v), InputBatch.of([0] * new, start=before)).numpy()
     for t in range(new):
         for h in range(H):
             keys, values = (x[:before + t + 1, h * K // H].astype(np.float64) for x in (k, v))

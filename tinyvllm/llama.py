@@ -15,7 +15,7 @@ from .weights import Checkpoint, open_checkpoint, tensor_shapes
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'DTYPES', 'ModelConfig', 'model_config', 'check_weights', 'Linear', 'RMSNorm', 'rope_frequencies',
-           'rope_table', 'apply_rope', 'Batch', 'NoCache', 'dense_attend', 'Attention', 'MLP', 'Layer', 'Llama',
+           'rope_table', 'apply_rope', 'InputBatch', 'NoCache', 'dense_attend', 'Attention', 'MLP', 'Layer', 'Llama',
            'weight_bytes', 'kv_bytes', 'load_model']
 
 # %% ../nbs/00c_llama.ipynb #c6ee8583
@@ -188,9 +188,9 @@ def apply_rope(
     (a, b), (cos, sin) = x.float().chunk(2, dim=-1), table
     return (a*cos - b*sin).cat(b*cos + a*sin, dim=-1).cast(x.dtype)
 
-# %% ../nbs/00c_llama.ipynb #819c0425
+# %% ../nbs/00c_llama.ipynb #b1c8ce3b
 @dataclass
-class Batch:
+class InputBatch:
     "One forward pass: a flat run of tokens, each at its place in its sequence."
     tokens: Tensor      # (T,) int32 ids
     positions: Tensor   # (T,) int32 place in the sequence
@@ -203,29 +203,29 @@ class Batch:
         start: int = 0, # how many tokens of it came before
         size: int = 0, # pad to this many tokens; the padding's results are never read
         rows: list[int] | None = None, # default: the last token
-    ) -> Batch:
+    ) -> InputBatch:
         "The batch of one sequence."
         n = max(size, len(ids))
         arrays = ids + [0] * (n - len(ids)), list(range(start, start+n)), rows or [len(ids)-1]
         return cls(*(Tensor(x, dtype=dtypes.int32) for x in arrays), start)
 
-# %% ../nbs/00c_llama.ipynb #69cde867
+# %% ../nbs/00c_llama.ipynb #c920ae25
 class NoCache:
     "The cache that keeps nothing: each pass sees only its own tokens."
     capacity = chunk = 2**31    # tokens it has room for, tokens that one pass may add
     num_computed = nbytes = 0   # tokens that need no computing again, memory it holds
-    def write(self, layer: int, k: Tensor, v: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, k: Tensor, v: Tensor, batch: InputBatch) -> tuple[Tensor, Tensor]:
         "Keys and values (T, K, D) of one layer; returns all that can be attended to, (L, K, D)."
         return k, v
     def advance(self, ids: list[int]) -> None:
         "Note that these tokens of the sequence are computed."
 
-# %% ../nbs/00c_llama.ipynb #329dab87
+# %% ../nbs/00c_llama.ipynb #9428f43d
 def dense_attend(
     q: Tensor, # (T, H, D)
     k: Tensor, # (L, K, D) keys at positions 0..L-1
     v: Tensor, # (L, K, D)
-    batch: Batch, # says at which position each query stands
+    batch: InputBatch, # says at which position each query stands
 ) -> Tensor: # (T, H, D)
     "Causal softmax attention over everything, scores in memory (Vaswani et al., arXiv:1706.03762)."
     (T, H, D), (L, K, _) = q.shape, k.shape
@@ -236,7 +236,7 @@ def dense_attend(
     p = past.where(scores, -math.inf).softmax(-1).cast(v.dtype)
     return (p @ v).permute(2, 0, 1, 3).reshape(T, H, D)
 
-# %% ../nbs/00c_llama.ipynb #f5aaf128
+# %% ../nbs/00c_llama.ipynb #de6347d0
 def _per_head(norm: RMSNorm | None):
     "Qwen3 normalises each head; the others leave it alone."
     return norm if norm else lambda x: x
@@ -254,13 +254,13 @@ class Attention:
         self.q_norm, self.k_norm = (_per_head(RMSNorm(w, c.rms_norm_eps) if w is not None else None)
                                     for w in (get('q_norm.weight'), get('k_norm.weight')))
 
-    def __call__(self, x: Tensor, table, batch: Batch, cache, attend) -> Tensor:  # (T, E)
+    def __call__(self, x: Tensor, table, batch: InputBatch, cache, attend) -> Tensor:  # (T, E)
         q, k, v = (f(x).reshape(len(x), -1, self.head_dim) for f in (self.q, self.k, self.v))
         q, k = apply_rope(self.q_norm(q), table), apply_rope(self.k_norm(k), table)
         k, v = cache.write(self.layer, k, v, batch)
         return self.o(attend(q, k, v, batch).reshape(len(x), -1))
 
-# %% ../nbs/00c_llama.ipynb #6a42dcb5
+# %% ../nbs/00c_llama.ipynb #1a8b1821
 class MLP:
     "SwiGLU: one projection gates another (Shazeer 2020, arXiv:2002.05202)."
     def __init__(self, get):
@@ -277,11 +277,11 @@ class Layer:
         self.mlp = MLP(lambda name: get(f'mlp.{name}'))
         self.norm1, self.norm2 = (RMSNorm(get(f'{n}_layernorm.weight'), c.rms_norm_eps)
                                   for n in ('input', 'post_attention'))
-    def __call__(self, x: Tensor, table, batch: Batch, cache, attend) -> Tensor:  # (T, E)
+    def __call__(self, x: Tensor, table, batch: InputBatch, cache, attend) -> Tensor:  # (T, E)
         x = x + self.attention(self.norm1(x), table, batch, cache, attend)
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/00c_llama.ipynb #1c9c2741
+# %% ../nbs/00c_llama.ipynb #4b28945a
 class Llama:
     "LLaMA, TinyLlama, SmolLM2, Mistral, Qwen2 and Qwen3: the same layers, other constants."
     def __init__(self,
@@ -301,7 +301,7 @@ class Llama:
         return next(n for n in DTYPES if getattr(dtypes, n) is self.embedding.dtype)
 
     def __call__(self,
-        batch: Batch, # what to compute
+        batch: InputBatch, # what to compute
         cache, # where keys and values live: `NoCache` or a later one
         attend, # how queries look at them: `dense_attend` or a later one
     ) -> Tensor: # (R, V) float32 scores of the next token
