@@ -81,19 +81,20 @@ def check_prompt(
         raise BadInput(f'token id {bad} is outside the vocabulary of {config.vocab_size}')
     return min(max_tokens, context - n)
 
-# %% ../nbs/01_greedy.ipynb #2d384ef0
+# %% ../nbs/01_greedy.ipynb #07b7f4ba
 class StopText:
     "Lets text through until a stop string appears, and holds back what could become one."
     def __init__(self, stop: Sequence[str] = ()):
-        self.stop, self.held, self.hit = tuple(stop), '', False
+        self.stop, self.held, self.hit = tuple(stop), '', None
 
     def add(self, text: str) -> str:  # what is certain now
-        "Take new text; sets `hit` at a stop string, whose text and what follows are dropped."
+        "Take new text; `hit` becomes the stop string that appears: it and what follows are dropped."
         self.held += text
-        found = [(self.held.index(s) + len(s), self.held.index(s))
+        found = [(self.held.index(s) + len(s), self.held.index(s), s)
                  for s in self.stop if s in self.held]
         if found:   # several in one piece: the one that is complete first
-            self.hit, self.held = True, self.held[:min(found)[1]]
+            _, start, self.hit = min(found)
+            self.held = self.held[:start]
             return self.finish()
         heads = (s[:n] for s in self.stop for n in range(1, len(s)))
         wait = max((len(h) for h in heads if self.held.endswith(h)), default=0)
@@ -105,7 +106,7 @@ class StopText:
         out, self.held = self.held, ''
         return out
 
-# %% ../nbs/01_greedy.ipynb #12d6603d
+# %% ../nbs/01_greedy.ipynb #193f6ded
 class TextStream:
     "The text of one request: takes tokens, gives back what is final."
     def __init__(self,
@@ -117,8 +118,8 @@ class TextStream:
         self.door, self.text = StopText(stop), ''
 
     @property
-    def stopped(self) -> bool:
-        "Has a stop string appeared?"
+    def stopped(self) -> str | None:
+        "The stop string that has appeared."
         return self.door.hit
 
     def add(self, token: int) -> str:

@@ -20,7 +20,7 @@ from numpy.random import Philox
 
 from .errors import BadInput
 
-# %% ../nbs/01a_sampling.ipynb #6faee99e
+# %% ../nbs/01a_sampling.ipynb #0aa7f223
 def _is_int(v: object, low: int, high: int = 2**63 - 1) -> bool:
     "Is `v` an integer (and not a bool) in [low, high]?"
     return isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
@@ -37,6 +37,7 @@ def _is_list(v: object, test: Callable[[object], bool]) -> bool:
 
 
 RULES = {  # name: (is the value allowed?, what is allowed)
+    "n": (lambda v: _is_int(v, 1), "an integer >= 1"),
     "max_tokens": (lambda v: _is_int(v, 0), "an integer >= 0"),
     "temperature": (lambda v: _is_number(v, 0), "a finite number >= 0 (0 takes the likeliest)"),
     "top_k": (lambda v: _is_int(v, -1), "an integer >= -1 (0 or -1 keeps all tokens)"),
@@ -71,10 +72,11 @@ def checked(
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     raise BadInput(f"{name} must be {allowed}, not {shown}")
 
-# %% ../nbs/01a_sampling.ipynb #4f276b21
+# %% ../nbs/01a_sampling.ipynb #fe6c96d2
 @dataclass(frozen=True)
 class SamplingParams:
     "How one request chooses its tokens: vLLM's names and defaults. Raises `BadInput`."
+    n: int = 1 # answers to the same prompt; the i-th takes seed + i
     max_tokens: int = 16 # longest answer, in tokens
     temperature: float = 1.0 # divides the logits; 0 takes the likeliest token
     top_k: int = 0 # keep the k likeliest tokens; 0 or -1 keeps all
