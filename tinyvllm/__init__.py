@@ -1,6 +1,19 @@
 "A small vLLM you can read: LLM inference on tinygrad, written as notebooks."
 __version__ = "0.1.0"
 
+from importlib import import_module as _import_module
+
 from tinyvllm.device import setup as _setup
 
 _setup()
+
+_HOMES = {'LLM': 'engine', 'LLMEngine': 'engine', 'AsyncEngine': 'engine', 'RequestOutput': 'engine',
+          'CompletionOutput': 'engine', 'SamplingParams': 'sampling', 'BadInput': 'errors'}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    "Load a public name from its module when it is first used: importing tinygrad takes a second."
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(_import_module(f'{__name__}.{_HOMES[name]}'), name)
