@@ -2,6 +2,7 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,15 +88,51 @@ def test_measure_stream_counts_the_last_token_only():
         measure_stream(lambda: iter([7]))
 
 
+@pytest.mark.parametrize('steps, tokens', [([[1, 2], [3, 4], [5, 6]], 4), ([[1], [2, 3, 4], [5]], 4), ([1, 2, 3], 2)])
+def test_measure_stream_counts_all_tokens_after_the_first_item(steps, tokens, monkeypatch):
+    seconds = iter(range(100))
+    monkeypatch.setattr('tinyvllm.measure.time.perf_counter', lambda: float(next(seconds)))
+    result = measure_stream(lambda: iter(steps))
+    assert result.decode_tok_s == tokens / (len(steps) - 1) and result.ttft_s == 1
+    assert result.tokens == [t for step in steps for t in (step if isinstance(step, list) else [step])]
+
+
+def test_requests_share_the_kernels_of_a_step():
+    def stream(n):
+        x = Tensor([1] * n).contiguous().realize()
+        for _ in range(2):
+            for _ in range(4):
+                y = (x + 1).realize()
+            yield y.tolist()
+    one, four = measure_stream(lambda: stream(1)), measure_stream(lambda: stream(4))
+    assert (one.kernels_per_token, four.kernels_per_token) == (4, 1)
+    assert one.bytes_per_token == four.bytes_per_token == 4 * 2 * 4
+
+
 def test_ladder_round_trip_and_newest_row_wins(tmp_path):
     path = tmp_path / 'ladder.jsonl'
-    for row in (ROW, replace(ROW, rung='01b'), replace(ROW, decode_tok_s=9.0)):
+    together = replace(ROW, requests=16, decode_tok_s=20.0, roof_tok_s=500.)
+    for row in (together, ROW, replace(ROW, rung='01b'), replace(ROW, decode_tok_s=9.0)):
         append_row(path, row)
     rows = read_rows(tmp_path / 'absent.jsonl', path)
-    assert [(r.rung, r.decode_tok_s) for r in rows] == [('01', 9.0), ('01b', 2.0)]
+    assert [(r.rung, r.requests, r.decode_tok_s) for r in rows] == [('01', 1, 9.), ('01', 16, 20.), ('01b', 1, 2.)]
     assert read_rows(path, path) == rows
-    assert '| 9.00 |' in ladder_table(rows) and ladder_table(rows).count('\n') == 3
-    assert len(plot_ladder(rows).axes) == 1 and len(plot_ladder([]).axes) == 1
+    lines = ladder_table(rows).splitlines()
+    assert len(lines) == 5 and '| 1 | 9.00 |' in lines[2] and '| 16 | 20.00 | 500 |' in lines[3]
+    assert len({line.count('|') for line in lines}) == 1
+
+
+def test_plot_names_what_ran_together():
+    rows = [ROW, replace(ROW, requests=16), replace(ROW, machine='other')]
+    first, second = plot_ladder(rows).axes
+    assert [t.get_text() for t in first.get_xticklabels()] == ['01', '01\n×16'] and len(first.patches) == 2
+    assert first.patches[0].get_facecolor() != first.patches[1].get_facecolor()
+    assert second.get_title() == 'other' and len(plot_ladder([]).axes) == 1
+
+
+def test_the_ladder_of_the_checkout_can_be_read():
+    path = Path(__file__).resolve().parents[1] / 'nbs/ladder.jsonl'
+    assert {row.rung for row in read_rows(path)} >= {'01', '01b'}
 
 
 @pytest.mark.parametrize('line', ['{', '[]', '{"rung": "01"}', '7', '{"colour": 1}'])
@@ -114,3 +151,6 @@ def test_ladder_row_takes_the_median_run(monkeypatch):
                      workload='1+2', greedy_equal=True)
     assert (row.decode_tok_s, row.roof_tok_s, row.roof_share, row.median_of) == (2.0, 10.0, 0.2, 3)
     assert row.commit and row.machine and json.dumps(row.__dict__)
+    together = ladder_row(runs, weights=10**9, kv=10**8, requests=10, rung='04a', notebook='n', model='m',
+                          dtype='float32', workload='1+2', greedy_equal=True)
+    assert (together.requests, together.roof_tok_s) == (10, 50.0) and row.requests == 1

@@ -145,29 +145,32 @@ class Stopwatch:
         n = len(self.stamps) - 2
         return n / (self.stamps[-1] - self.stamps[1]) if n > 0 else None
 
-# %% ../nbs/00_measure.ipynb #6852d617
+# %% ../nbs/00_measure.ipynb #aa5b6dc3
 @dataclass
 class StreamResult:
     "One measured generation."
     ttft_s: float             # seconds to the first token
-    decode_tok_s: float       # tokens per second after the first
-    kernels_per_token: int    # launches for the last token
-    bytes_per_token: int      # bytes its kernels touched
-    tokens: list              # what the stream yielded
+    decode_tok_s: float       # tokens per second after the first item of the stream
+    kernels_per_token: int    # launches of the last step, divided by the tokens it gave
+    bytes_per_token: int      # bytes its kernels touched, likewise
+    tokens: list              # all that came
 
 def measure_stream(
-    stream: Callable[[], Iterable], # starts a generation and yields its tokens
+    stream: Callable[[], Iterable], # starts a generation; yields tokens, or lists of them
 ) -> StreamResult:
-    "Run a generation once; raises `ValueError` if it yields fewer than two tokens."
-    tokens, watch, it = [], Stopwatch(), iter(stream())
+    "Run a generation once; raises `ValueError` if it yields fewer than two items."
+    steps, watch, it = [], Stopwatch(), iter(stream())
     while True:
-        with counting() as counts: token = next(it, None)
-        if token is None: break
-        watch.lap(); tokens.append(token); last = counts
-    if len(tokens) < 2: raise ValueError(f'{len(tokens)} tokens came; a speed needs two')
-    return StreamResult(watch.ttft_s, watch.decode_tok_s, last.kernels, last.nbytes, tokens)
+        with counting() as counts: item = next(it, None)
+        if item is None: break
+        watch.lap(); steps.append(item if isinstance(item, list) else [item]); last = counts
+    if len(steps) < 2: raise ValueError(f'the stream had {len(steps)} items; a speed needs two')
+    tokens, per_step = sum(steps, []), len(steps[-1])
+    speed = watch.decode_tok_s * (len(tokens) - len(steps[0])) / (len(steps) - 1)
+    return StreamResult(watch.ttft_s, speed, round(last.kernels / per_step),
+                        round(last.nbytes / per_step), tokens)
 
-# %% ../nbs/00_measure.ipynb #05e515c6
+# %% ../nbs/00_measure.ipynb #5ea3ab5d
 @dataclass
 class LadderRow:
     "One rung of the ladder on one machine."
@@ -178,7 +181,7 @@ class LadderRow:
     roof_share: float              # decode_tok_s / roof_tok_s
     median_of: int                 # runs
     greedy_equal: bool             # same tokens as the reference
-    total_tok_s_16: float | None = None   # 16 requests together; None until an engine can
+    requests: int = 1              # that ran together; decode_tok_s is their total
     tinygrad: str = field(default_factory=lambda: version('tinygrad'))
     commit: str = field(default_factory=lambda: commit())
     date: str = field(default_factory=lambda: date.today().isoformat())
@@ -207,24 +210,25 @@ def machine_name(device: str | None = None) -> str:
         name = next((s.split(':')[1].strip() for s in lines if s.startswith('model name')), '')
     return f'{name or platform.machine()}, {os.cpu_count()} cores'
 
-# %% ../nbs/00_measure.ipynb #5b3d5471
+# %% ../nbs/00_measure.ipynb #334c1dd7
 def ladder_row(
     runs: list[StreamResult], # measured runs of one generation
     weights: int, # bytes of weights that one token reads
     kv: int, # bytes of keys and values that one token reads
+    requests: int = 1, # that ran together in each of the runs
     **about, # rung, notebook, model, dtype, workload, greedy_equal
 ) -> LadderRow: # of the median run
     "The median run as a row, beside the limit that this machine has at this minute."
     run = sorted(runs, key=lambda r: r.decode_tok_s)[len(runs) // 2]
-    roof = Roof(bandwidth(), weights, kv)
+    roof = Roof(bandwidth(), weights, kv, requests)
     return LadderRow(
         machine=machine_name(), device=Device.DEFAULT, ttft_s=round(run.ttft_s, 4),
         decode_tok_s=round(run.decode_tok_s, 4), kernels_per_token=run.kernels_per_token,
         bytes_per_token=run.bytes_per_token, bandwidth_gb_s=round(roof.bandwidth / 1e9, 2),
         roof_tok_s=round(roof.tok_s, 2), roof_share=round(roof.share(run.decode_tok_s), 5),
-        median_of=len(runs), **about)
+        median_of=len(runs), requests=requests, **about)
 
-# %% ../nbs/00_measure.ipynb #d2ae9fe5
+# %% ../nbs/00_measure.ipynb #d34b3aea
 def append_row(
     path: str | Path, # a .jsonl file; made if it is not there
     row: LadderRow, # the measurement
@@ -235,7 +239,7 @@ def append_row(
 def read_rows(
     *paths: str | Path, # .jsonl files; an absent one is an empty ladder
 ) -> list[LadderRow]:
-    "The ladder: the newest row of each rung on each machine. Raises `BadInput` for a broken line."
+    "The newest row of each rung, machine and load. Raises `BadInput` for a broken line."
     rows = {}
     for path in map(Path, paths):
         lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
@@ -243,39 +247,47 @@ def read_rows(
             try: row = LadderRow(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise BadInput(f'{path}, line {n} is not a ladder row: {error}') from None
-            rows[row.rung, row.machine, row.model, row.dtype] = row
-    return sorted(rows.values(), key=lambda r: (r.machine, r.rung))
+            rows[row.rung, row.machine, row.model, row.dtype, row.requests] = row
+    return sorted(rows.values(), key=lambda r: (r.machine, r.rung, r.requests))
 
-# %% ../nbs/00_measure.ipynb #ee3930e6
+# %% ../nbs/00_measure.ipynb #36ffdd9c
 def ladder_table(
     rows: list[LadderRow], # what `read_rows` returns
 ) -> str: # Markdown
     "The ladder as a table."
-    head = '| rung | machine | model | tok/s | limit | share | kernels/token | first token |'
-    lines = [f'| {r.rung} | {r.machine} ({r.device}) | {r.model} {r.dtype} | {r.decode_tok_s:.2f} '
-             f'| {r.roof_tok_s:,.0f} | {100*r.roof_share:.2g} % | {r.kernels_per_token} '
-             f'| {r.ttft_s:.2f} s |' for r in rows]
-    return '\n'.join([head, '|' + '---|' * 8, *lines])
+    head = ('| rung | machine | model | requests | tok/s | limit | share | kernels/token '
+            '| first token |')
+    lines = [f'| {r.rung} | {r.machine} ({r.device}) | {r.model} {r.dtype} | {r.requests} '
+             f'| {r.decode_tok_s:.2f} | {r.roof_tok_s:,.0f} | {100*r.roof_share:.2g} % '
+             f'| {r.kernels_per_token} | {r.ttft_s:.2f} s |' for r in rows]
+    return '\n'.join([head, '|' + '---|' * 9, *lines])
 
-# %% ../nbs/00_measure.ipynb #77cb78c7
+# %% ../nbs/00_measure.ipynb #b97e3779
 def plot_ladder(
     rows: list[LadderRow], # what `read_rows` returns
 ):
-    "Decode speed by rung, a panel per machine, the memory limit as a line; returns the figure."
+    "Total decode speed by rung, a panel per machine, each bar below its limit; returns the figure."
     import matplotlib.pyplot as plt
     machines = sorted({(r.machine, r.device) for r in rows})
-    panels = max(1, len(machines))
-    fig, axes = plt.subplots(1, panels, figsize=(4.4*panels, 3), dpi=90, squeeze=False)
-    for ax, machine in zip(axes[0], machines):
-        here = [r for r in rows if (r.machine, r.device) == machine]
-        ax.bar([r.rung for r in here], [r.decode_tok_s for r in here], color='#2e86c1', width=0.6)
-        for i, r in enumerate(here):
-            ax.text(i, r.decode_tok_s, f'{r.decode_tok_s:.2g}', ha='center', va='bottom')
-        roof = max(r.roof_tok_s for r in here)
-        ax.axhline(roof, color='#c0392b', ls='--', lw=1)
-        ax.text(-0.5, roof, f' memory limit, {roof:,.0f}', color='#c0392b', fontsize=8, va='bottom')
-        ax.set(title=machine[0], yscale='log', xlabel='rung', xlim=(-0.6, max(2, len(here)) - 0.4),
-               ylim=(0.05, roof * 3))
-        ax.title.set_fontsize(9); ax.spines[['top', 'right']].set_visible(False)
+    groups = [[r for r in rows if (r.machine, r.device) == m] for m in machines] or [[]]
+    fig, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 3), dpi=90, squeeze=False)
+    for ax, here in zip(axes[0], groups):
+        for i, r in enumerate(here): _draw_row(ax, i, r)
+        if here: ax.set_title(here[0].machine, fontsize=9)
+        names = [r.rung if r.requests == 1 else f'{r.rung}\n×{r.requests}' for r in here]
+        ax.set_xticks(range(len(here)), names, fontsize=8 if len(here) > 5 else 10)
+        ax.set(yscale='log', xlabel='rung, × requests together',
+               xlim=(-0.6, max(2, len(here)) - 0.4),
+               ylim=(0.05, 4 * max([1, *(r.roof_tok_s for r in here)])))
+        ax.spines[['top', 'right']].set_visible(False)
     axes[0][0].set_ylabel('tokens per second'); fig.tight_layout()
     return fig
+
+def _draw_row(ax, i: int, r: LadderRow) -> None:
+    "A bar, pale for more than one request, and the memory limit as a dashed line above it."
+    ax.bar(i, r.decode_tok_s, color='#2e86c1' if r.requests == 1 else '#a9cce3', width=0.6)
+    ax.text(i, r.decode_tok_s, f'{r.decode_tok_s:.2g}', ha='center', va='bottom', fontsize=9)
+    ax.hlines(r.roof_tok_s, i - 0.5, i + 0.5, color='#c0392b', ls='--', lw=1)
+    limit = f'memory limit, {r.roof_tok_s:,.0f}' if not i else f'{r.roof_tok_s:,.0f}'
+    if not i or r.requests > 1:    # one user's limit is the same for all rungs
+        ax.text(i - 0.5, r.roof_tok_s, limit, color='#c0392b', fontsize=8, va='bottom')
