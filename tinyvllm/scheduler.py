@@ -14,13 +14,14 @@ from .errors import BadInput
 from .sampling import Sampled, Sampler, SamplingParams
 
 # %% auto #0
-__all__ = ['Status', 'Sequence', 'Batch', 'WaitingQueue', 'Roster', 'Planner', 'Scheduler']
+__all__ = ['Status', 'Sequence', 'Batch', 'WaitingQueue', 'Roster', 'Reception', 'Planner', 'Scheduler']
 
-# %% ../nbs/03_batching.ipynb #668e1009
+# %% ../nbs/03_batching.ipynb #b65c4684
 class Status(Enum):
     "Where a sequence is. Running ones hold blocks, the others none."
     WAITING, RUNNING, FINISHED = range(3)
 
+# %% ../nbs/03_batching.ipynb #e253d2ef
 class Sequence:
     "One answer in the making: its tokens, and for how many of them keys and values are stored."
     def __init__(self,
@@ -29,7 +30,7 @@ class Sequence:
         params: SamplingParams = SamplingParams(), # how to sample, when to stop
         eos_ids: Collection[int] = (), # the model's end tokens
         priority: int = 0, # smaller goes first
-        parent: Sequence | None = None, # another answer to the same prompt: lends its blocks
+        parent: Sequence | None = None, # the first answer to the same prompt: lends its blocks
     ):
         self.id, self.params, self.parent = id, params, parent
         self.token_ids, self.num_prompt = list(prompt_ids), len(prompt_ids)
@@ -42,7 +43,7 @@ class Sequence:
     def num_tokens(self) -> int: return len(self.token_ids)
 
     def extend(self, tokens: list[Sampled]) -> None:
-        "Take new tokens up to the one that ends the answer; of those, all but the last are computed."
+        "Take new tokens, up to one that ends the answer. All but the last are computed."
         for token in tokens:
             self.sampled.append(token); self.token_ids.append(int(token))
             self.finish_reason = self._ends(int(token))
@@ -88,7 +89,7 @@ class WaitingQueue:
 
     def pop(self) -> Sequence: return heappop(self.heap)[1]
 
-# %% ../nbs/03_batching.ipynb #0244104f
+# %% ../nbs/03_batching.ipynb #a75f4871
 class Roster:
     "Who waits and who runs. Moves sequences between the two, and their blocks with them."
     def __init__(self, blocks: BlockManager):
@@ -100,10 +101,8 @@ class Roster:
 
     def enter(self, seq: Sequence) -> None:
         "A new sequence waits."
-        self.arrivals += 1
-        seq.rank = (seq.rank[0], self.arrivals)
-        self.sequences[seq.id] = seq
-        self.waiting.push(seq)
+        self.arrivals += 1; seq.rank = (seq.rank[0], self.arrivals)
+        self.sequences[seq.id] = seq; self.waiting.push(seq)
 
     def start(self, seq: Sequence) -> None:
         "The first in the queue runs."
@@ -116,8 +115,7 @@ class Roster:
         seq = self.running.pop()
         self.blocks.free(seq.id)
         seq.status, seq.num_computed = Status.WAITING, 0
-        self.preemptions += 1
-        self.waiting.push(seq)
+        self.preemptions += 1; self.waiting.push(seq)
 
     def finish(self, seq: Sequence, reason: str) -> None:
         "End a sequence, wherever it is; its blocks are free at once."
@@ -127,8 +125,27 @@ class Roster:
         seq.status, seq.finish_reason = Status.FINISHED, reason
         self.ended.append(self.sequences.pop(seq.id))
 
-# %% ../nbs/03_batching.ipynb #3a3dc654
-class Planner(Roster):
+# %% ../nbs/03_batching.ipynb #29e0dfd5
+class Reception(Roster):
+    "Where requests come in, and may leave early."
+    def add(self, seq: Sequence) -> None:
+        "Take a request; raises `BadInput` for one that could never run."
+        if seq.id in self.sequences: raise BadInput(f'request id {seq.id!r} is in use')
+        most = seq.num_prompt + seq.params.max_tokens - 1    # the last token is never computed
+        pool = (len(self.blocks.pool.blocks) - 1) * self.blocks.block_size
+        if most > pool:
+            raise BadInput(f'request {seq.id!r} may need {most} tokens, and the pool holds {pool}; '
+                           'shorten the prompt, lower max_tokens, or give the engine more blocks')
+        self.enter(seq)
+        if not seq.params.max_tokens: self.finish(seq, 'length')
+
+    def abort(self, id: Hashable) -> None:
+        "End a request early; raises `BadInput` if none of this id waits or runs."
+        if id not in self.sequences: raise BadInput(f'no request {id!r} is waiting or running')
+        self.finish(self.sequences[id], 'abort')
+
+# %% ../nbs/03_batching.ipynb #7a8ec05a
+class Planner(Reception):
     "Fills a step: running sequences first, then waiting ones, under one budget of tokens."
     def __init__(self,
         blocks: BlockManager, # the pool
@@ -138,11 +155,9 @@ class Planner(Roster):
         super().__init__(blocks)
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         for name in ('max_num_seqs', 'max_num_batched_tokens'):
-            if getattr(self, name) < 1: raise BadInput(f'{name} is {getattr(self, name)}; use 1 or more')
+            if (n := getattr(self, name)) < 1: raise BadInput(f'{name} is {n}; use 1 or more')
 
-    def left(self, batch: Batch) -> int:
-        "Tokens that the step can still take."
-        return self.max_num_batched_tokens - batch.num_tokens
+    def left(self, batch: Batch) -> int: return self.max_num_batched_tokens - batch.num_tokens
 
     def compute(self, seq: Sequence, batch: Batch) -> bool:
         "Put a sequence into the step; False if the pool has no blocks for it."
@@ -161,29 +176,12 @@ class Planner(Roster):
             seq.num_computed = shared
         else: self.blocks.allocate(seq.id)
         if self.blocks.can_allocate(seq.id, seq.num_tokens - seq.num_computed): return True
-        self.blocks.free(seq.id)
-        seq.num_computed = 0
+        self.blocks.free(seq.id); seq.num_computed = 0
         return False
 
-# %% ../nbs/03_batching.ipynb #8adc2846
+# %% ../nbs/03_batching.ipynb #e5e2808b
 class Scheduler(Planner):
     "Decides, step by step, who computes how many tokens. First come, first served."
-    def add(self, seq: Sequence) -> None:
-        "Take a request; raises `BadInput` for one that could never run."
-        if seq.id in self.sequences: raise BadInput(f'request id {seq.id!r} is in use')
-        most = seq.num_prompt + seq.params.max_tokens - 1    # the last token is never computed
-        pool = (len(self.blocks.pool.blocks) - 1) * self.blocks.block_size
-        if most > pool:
-            raise BadInput(f'request {seq.id!r} may need {most} tokens, and the pool holds {pool}; '
-                           'shorten the prompt, lower max_tokens, or give the engine more blocks')
-        self.enter(seq)
-        if not seq.params.max_tokens: self.finish(seq, 'length')
-
-    def abort(self, id: Hashable) -> None:
-        "End a request early; raises `BadInput` if none of this id waits or runs."
-        if id not in self.sequences: raise BadInput(f'no request {id!r} is waiting or running')
-        self.finish(self.sequences[id], 'abort')
-
     def schedule(self) -> Batch:
         "The next step. If the pool runs dry, the last that runs makes room."
         batch, before, i = Batch(self.blocks.block_size), self.preemptions, 0
