@@ -40,15 +40,15 @@ class FreeList:
         self.size -= 1
         return block
 
-# %% ../nbs/02_paging.ipynb #0e4c55a0
+# %% ../nbs/02_paging.ipynb #af093df7
 class BlockPool:
     "All blocks there are. Block 0 is never handed out: writes of padding go there."
     def __init__(self,
         num_blocks: int, # with block 0
     ):
         if num_blocks < 2:
-            raise BadInput(f'a pool of {num_blocks} blocks holds no sequence: block 0 is reserved '
-                           'for padding; give 2 blocks or more')
+            raise BadInput(f'num_blocks is {num_blocks}, and block 0 is reserved for padding; '
+                           'use 2 or more')
         self.blocks = [Block(i) for i in range(num_blocks)]
         self.free = FreeList(self.blocks[1:])
 
@@ -68,10 +68,11 @@ class BlockPool:
             self.blocks[i].refs -= 1
             if not self.blocks[i].refs: self.free.append(self.blocks[i])
 
-# %% ../nbs/02_paging.ipynb #7950a52b
+# %% ../nbs/02_paging.ipynb #9dfd155a
 class BlockTable:
     "The blocks of one owner, in the order of its tokens."
-    def __init__(self, pool: BlockPool, block_size: int, shared: Iterable[int] = (), length: int = 0):
+    def __init__(self, pool: BlockPool, block_size: int,
+                 shared: Iterable[int] = (), length: int = 0):
         self.pool, self.block_size = pool, block_size
         self.ids, self.length = list(shared), length    # blocks; tokens that have a slot in them
         pool.share(self.ids)
@@ -87,20 +88,23 @@ class BlockTable:
         return blocks - len(self.ids) + (n > 0 and self.tail_is_shared)
 
     def append(self, n: int) -> list[tuple[int, int]]:  # blocks to copy first: (from, to)
-        "Slots for `n` more tokens; before a shared tail is written to, it is copied."
-        copies = []
-        if n and self.tail_is_shared:
-            old, self.ids[-1] = self.ids[-1], self.pool.take()
-            self.pool.release([old]); copies.append((old, self.ids[-1]))
-        self.ids += [self.pool.take() for _ in range(self.missing(n))]
+        "Slots for `n` more tokens, all or none; before a shared tail is written to, it is copied."
+        missing, free = self.missing(n), len(self.pool.free)
+        if missing > free: raise IndexError(f'{missing} more blocks wanted, {free} free')
+        fresh = [self.pool.take() for _ in range(missing)]
+        copies = [(self.ids.pop(), fresh[0])] if n and self.tail_is_shared else []
+        self.pool.release(old for old, _ in copies)
+        self.ids += fresh
         self.length += n
         return copies
 
     def fork(self, length: int) -> BlockTable:
         "A second table for the first `length` tokens, on the same blocks."
-        return BlockTable(self.pool, self.block_size, self.ids[:-(-length//self.block_size)], length)
+        if length > self.length: raise IndexError(f'only {self.length} tokens, not {length}')
+        shared = self.ids[:-(-length // self.block_size)]
+        return BlockTable(self.pool, self.block_size, shared, length)
 
-# %% ../nbs/02_paging.ipynb #d67fa095
+# %% ../nbs/02_paging.ipynb #13e5ac31
 class BlockManager:
     "Which owner holds which blocks. Pure Python: it knows nothing of tensors."
     def __init__(self,
@@ -111,8 +115,7 @@ class BlockManager:
         self.pool, self.block_size = BlockPool(num_blocks), block_size
         self.tables: dict[Hashable, BlockTable] = {}
 
-    @property
-    def num_free(self) -> int: return len(self.pool.free)
+    num_free = property(lambda self: len(self.pool.free))    # blocks that nobody holds
 
     def can_allocate(self, owner: Hashable, n: int) -> bool:
         "Are there blocks for `n` more tokens of this owner, who may be new?"
@@ -120,9 +123,11 @@ class BlockManager:
         return table.missing(n) <= self.num_free
 
     def allocate(self, owner: Hashable, n: int = 0) -> None:
-        "A table for a new owner, with slots for its first `n` tokens."
-        self.tables[owner] = BlockTable(self.pool, self.block_size)
-        self.append(owner, n)
+        "A table for a new owner, with slots for its first `n` tokens; raises as `append` does."
+        if owner in self.tables: raise KeyError(f'{owner!r} has a table')
+        table = BlockTable(self.pool, self.block_size)
+        table.append(n)
+        self.tables[owner] = table
 
     def append(self, owner: Hashable, n: int) -> list[tuple[int, int]]:  # blocks to copy first
         "Slots for `n` more tokens; raises `IndexError` where `can_allocate` says no."
@@ -130,6 +135,7 @@ class BlockManager:
 
     def fork(self, parent: Hashable, child: Hashable, length: int) -> None:
         "A table for a new owner on the blocks of the parent's first `length` tokens."
+        if child in self.tables: raise KeyError(f'{child!r} has a table')
         self.tables[child] = self.tables[parent].fork(length)
 
     def free(self, owner: Hashable) -> None:
