@@ -20,8 +20,8 @@ from .sampling import Sampled
 from .scheduler import Batch, Sequence
 
 # %% auto #0
-__all__ = ['CPU_POOL', 'stored', 'PagedKVCache', 'device_memory', 'EngineArgs', 'activation_bytes', 'pool_blocks', 'PagedBatch',
-           'paged_attend', 'sampled', 'EagerRunner']
+__all__ = ['CPU_POOL', 'stored', 'PagedKVCache', 'PagedBatch', 'paged_attend', 'sampled', 'EagerRunner', 'device_memory',
+           'EngineArgs', 'activation_bytes', 'pool_blocks']
 
 # %% ../nbs/04_blocks.ipynb #b9e4f737
 def _store(pool: UOp, new: UOp, slots: UOp) -> UOp:
@@ -37,7 +37,7 @@ def stored(
     "Scatter rows in place: one kernel in the lazy graph. It runs when the result is read."
     return pool.custom_kernel(new, slots, fxn=_store)[0]
 
-# %% ../nbs/04_blocks.ipynb #297c3ae4
+# %% ../nbs/04_blocks.ipynb #b14ee35c
 class PagedKVCache:
     "One pool of blocks per layer, for keys and for values, shared by all sequences."
     def __init__(self,
@@ -59,84 +59,16 @@ class PagedKVCache:
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         "Copy blocks: (from, to). No block may be on both sides."
         pairs = pairs + [(0, 0)] * (bucket(len(pairs)) - len(pairs))
-        slots = np.array(pairs, np.int32).T[:, :, None] * self.block_size + np.arange(self.block_size)
-        source, target = (Tensor(s.astype(np.int32).flatten(), device=self.k[0].device) for s in slots)
+        S, device = self.block_size, self.k[0].device
+        slots = np.array(pairs)[:, :, None] * S + np.arange(S)    # (pairs, 2, S)
+        source, target = (Tensor(slots[:, i].flatten().astype(np.int32), device=device)
+                          for i in (0, 1))
         Tensor.realize(*(stored(pool, pool[source], target) for pool in self.k + self.v))
 
     @property
     def nbytes(self) -> int:
         "Memory it holds, used or not."
         return sum(t.nbytes() for t in self.k + self.v)
-
-# %% ../nbs/04_blocks.ipynb #c25b6030
-def device_memory(
-    device: str, # tinygrad's name
-) -> tuple[int, int]: # bytes in all, bytes free
-    "What the device has: the card's memory for CUDA, else the machine's."
-    if device.startswith(('CUDA', 'NV')):
-        query = 'nvidia-smi', '--query-gpu=memory.total,memory.free', '--format=csv,noheader,nounits'
-        rows = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-        total, free = (int(mib) * 2**20 for mib in rows[0].split(','))
-        return total, free
-    memory = psutil.virtual_memory()
-    return memory.total, memory.available
-
-# %% ../nbs/04_blocks.ipynb #40dd4efa
-@dataclass(frozen=True)
-class EngineArgs:
-    "How large an engine is, under vLLM's names. Raises `BadInput`."
-    num_blocks: int | None = None   # of the pool, with block 0; None: as many as fit
-    block_size: int = 16            # tokens per block
-    gpu_memory_utilization: float = 0.9   # share of the device's memory for everything
-    max_num_seqs: int = 256         # most sequences that run at once
-    max_num_batched_tokens: int = 512   # most tokens of one step
-    max_model_len: int | None = None    # longest sequence; None: the model's context
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            least = {'num_blocks': 2, 'max_model_len': 2, 'gpu_memory_utilization': 0.001}.get(name, 1)
-            most = 1 if name == 'gpu_memory_utilization' else math.inf
-            if value is not None and not least <= value <= most:
-                raise BadInput(f'{name} is {value}; use {least}' + (' to 1' if most == 1 else ' or more'))
-
-    def config(self, model: Llama) -> ModelConfig:
-        "The model's configuration with this context; raises `BadInput` where it has less."
-        wanted, context = self.max_model_len, model.config.max_position_embeddings
-        if wanted is None: return model.config
-        if wanted <= context: return replace(model.config, max_position_embeddings=wanted)
-        raise BadInput(f"max_model_len is {wanted}, and the model's context is {context}")
-
-# %% ../nbs/04_blocks.ipynb #de854bc5
-def activation_bytes(
-    c: ModelConfig, # shapes, and the context
-    args: EngineArgs, # most tokens and sequences of a step
-) -> int: # bytes
-    "An upper bound of what one step needs beside weights and pool, with portable attention."
-    T, R = bucket(args.max_num_batched_tokens), bucket(args.max_num_seqs)
-    width = 6 * c.hidden_size + 3 * c.intermediate_size + 3 * c.num_attention_heads * c.head_dim
-    scores = 3 * c.num_attention_heads * c.max_position_embeddings
-    return 4 * (T * (width + scores) + 3 * min(R, T) * c.vocab_size)
-
-# %% ../nbs/04_blocks.ipynb #ac90c76f
-CPU_POOL = 2**31   # bytes; a computer's memory is not ours alone
-
-def pool_blocks(
-    model: Llama, # on its device
-    args: EngineArgs, # what is wanted
-) -> int: # blocks, with block 0
-    "Size the pool by what the device has left. Raises `BadInput` where that is too little."
-    config, device = args.config(model), model.embedding.device.split(':')[0]
-    total, free = device_memory(device)
-    room = int(args.gpu_memory_utilization * total) - (total - free)
-    room = max(0, room - activation_bytes(config, args))
-    cap = min(room, CPU_POOL) if device == 'CPU' else room
-    block = kv_bytes(model) * args.block_size
-    useful = args.max_num_seqs * -(-config.max_position_embeddings // args.block_size) + 1
-    blocks = args.num_blocks or min(cap // block, useful)
-    if 2 <= blocks <= room // block: return blocks
-    raise BadInput(f'a pool of {max(blocks, 2)} blocks needs {max(blocks, 2) * block / 1e9:.2f} GB; '
-                   f'{device} has {free / 1e9:.2f} GB free and {room / 1e9:.2f} left for the pool; '
-                   'lower num_blocks, max_num_batched_tokens or max_model_len')
 
 # %% ../nbs/04_blocks.ipynb #fac70b81
 @dataclass
@@ -218,3 +150,77 @@ class EagerRunner:
             logits = self.model(inputs, self.cache, self.attend).numpy()
         return [sampled(seq, logits[i]) if batch.speaks(i) else []
                 for i, seq in enumerate(batch.seqs)]
+
+# %% ../nbs/04_blocks.ipynb #3dec811c
+def device_memory(
+    device: str, # tinygrad's name
+) -> tuple[int, int]: # bytes in all, bytes free
+    "What the device has: the card's memory for CUDA, else the machine's."
+    if device.startswith(('CUDA', 'NV')):
+        query = '--query-gpu=memory.total,memory.free', '--format=csv,noheader,nounits'
+        lines = subprocess.check_output(['nvidia-smi', *query], text=True).splitlines()
+        total, free = (int(mib) * 2**20 for mib in lines[0].split(','))
+        return total, free
+    memory = psutil.virtual_memory()
+    return memory.total, memory.available
+
+# %% ../nbs/04_blocks.ipynb #85d30e7f
+@dataclass(frozen=True)
+class EngineArgs:
+    "How large an engine is, under vLLM's names. Raises `BadInput`."
+    num_blocks: int | None = None   # of the pool, with block 0; None: as many as fit
+    block_size: int = 16            # tokens per block
+    gpu_memory_utilization: float = 0.9   # share of the device's memory for everything
+    max_num_seqs: int = 256         # most sequences that run at once
+    max_num_batched_tokens: int = 512   # most tokens of one step
+    max_model_len: int | None = None    # longest sequence; None: the model's context
+
+    def __post_init__(self):
+        least = dict(num_blocks=2, block_size=1, max_num_seqs=1, max_num_batched_tokens=1,
+                     max_model_len=2)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise BadInput(f'{name} is {value}; use {low} or more')
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise BadInput(f'gpu_memory_utilization is {self.gpu_memory_utilization}; '
+                           'use a share above 0 and up to 1')
+
+    def config(self, model: Llama) -> ModelConfig:
+        "The model's configuration with this context; raises `BadInput` where it has less."
+        wanted, context = self.max_model_len, model.config.max_position_embeddings
+        if wanted is None: return model.config
+        if wanted <= context: return replace(model.config, max_position_embeddings=wanted)
+        raise BadInput(f"max_model_len is {wanted}, and the model's context is {context}")
+
+# %% ../nbs/04_blocks.ipynb #de854bc5
+def activation_bytes(
+    c: ModelConfig, # shapes, and the context
+    args: EngineArgs, # most tokens and sequences of a step
+) -> int: # bytes
+    "An upper bound of what one step needs beside weights and pool, with portable attention."
+    T, R = bucket(args.max_num_batched_tokens), bucket(args.max_num_seqs)
+    width = 6 * c.hidden_size + 3 * c.intermediate_size + 3 * c.num_attention_heads * c.head_dim
+    scores = 3 * c.num_attention_heads * c.max_position_embeddings
+    return 4 * (T * (width + scores) + 3 * min(R, T) * c.vocab_size)
+
+# %% ../nbs/04_blocks.ipynb #38caf653
+CPU_POOL = 2**31   # bytes; a computer's memory is not ours alone
+
+def pool_blocks(
+    model: Llama, # on its device
+    args: EngineArgs, # what is wanted
+) -> int: # blocks, with block 0
+    "Size the pool by what the device has left. Raises `BadInput` where that is too little."
+    config, device = args.config(model), model.embedding.device.split(':')[0]
+    total, free = device_memory(device)
+    room = int(args.gpu_memory_utilization * total) - (total - free)
+    room = max(0, room - activation_bytes(config, args))
+    cap = min(room, CPU_POOL) if device == 'CPU' else room
+    block = kv_bytes(model) * args.block_size
+    useful = args.max_num_seqs * -(-config.max_position_embeddings // args.block_size) + 1
+    blocks = args.num_blocks or max(2, min(cap // block, useful))
+    if blocks * block <= room: return blocks
+    raise BadInput(f'a pool of {blocks} blocks takes {blocks * block / 1e9:.2f} GB; {device} has '
+                   f'{free / 1e9:.2f} GB free, of which a pool may take {room / 1e9:.2f}; '
+                   'lower num_blocks, max_num_batched_tokens or max_model_len')

@@ -1,0 +1,428 @@
+"The engine against each request alone, whatever the pool, the budget and the neighbours; and what hurts only itself."
+import asyncio
+import json
+import random
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from tinyvllm.blocks import BlockManager
+from tinyvllm.engine import LLM, AsyncEngine, make_engine
+from tinyvllm.errors import BadInput
+from tinyvllm.generate import Generation, bucket, generate
+from tinyvllm.kvcache import KVCache
+from tinyvllm.llama import InputBatch, Llama, NoCache, dense_attend, load_model, model_config
+from tinyvllm.paged import EagerRunner, PagedKVCache, paged_attend
+from tinyvllm.sampling import Sampler, SamplingParams
+from tinyvllm.scheduler import Scheduler
+from tinyvllm.tokenizer import load_tokenizer
+from tinyvllm.weights import resolve, tiny_checkpoint
+
+GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'smollm2.json').read_text())['items']
+
+
+def tiny(layers):
+    config, state = tiny_checkpoint(seed=0, max_position_embeddings=1024, num_hidden_layers=layers)
+    return Llama(model_config(config), state)
+
+
+@pytest.fixture(scope='module')
+def deep():
+    return tiny(2)
+
+
+@pytest.fixture(scope='module')
+def model():
+    "One layer: half the kernels, and these tests are about requests."
+    return tiny(1)
+
+
+class Letters:
+    "A tokenizer whose token n is the n-th letter of the alphabet."
+    eos_ids = ()
+    def encode(self, text): return [ord(c) - 97 for c in text]
+    def decode(self, ids): return ''.join(chr(97 + i % 26) for i in ids)
+    def stream(self, **options): return self
+    def add(self, id): return chr(97 + id % 26)
+    def finish(self): return ''
+
+
+def greedy(length, **more):
+    return SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, **more)
+
+
+def is_greedy(model, prompt, tokens):
+    "By induction: each token is the argmax after those before it. All rows: few shapes."
+    ids, n = prompt + tokens, len(prompt)
+    if not tokens:
+        return True
+    size = bucket(len(ids) - 1)
+    logits = model(InputBatch.of(ids[:-1], size=size, rows=list(range(size))), NoCache(), dense_attend).numpy()
+    return logits[n - 1:len(ids) - 1].argmax(-1).tolist() == tokens
+
+
+def all_free(llm):
+    pool = llm.engine.scheduler.blocks.pool
+    return len(pool.free) == len(pool.blocks) - 1
+
+
+def requests(rng, n, longest_prompt, longest_answer):
+    prompts = [rng.integers(0, 512, rng.integers(1, longest_prompt + 1)).tolist() for _ in range(n)]
+    return prompts, [int(k) for k in rng.integers(1, longest_answer + 1, n)]
+
+
+def test_64_mixed_requests_in_a_small_pool_say_what_each_says_alone(deep):
+    prompts, lengths = requests(np.random.default_rng(0), 64, 400, 200)
+    llm = LLM(deep, num_blocks=300, max_num_batched_tokens=256)
+    outputs = llm.generate(prompts, [greedy(n) for n in lengths], use_tqdm=False)
+    assert llm.engine.scheduler.preemptions > 5 and all_free(llm)
+    assert [out.prompt_token_ids for out in outputs] == prompts
+    assert [len(out.outputs[0].token_ids) for out in outputs] == lengths
+    assert all(is_greedy(deep, out.prompt_token_ids, out.outputs[0].token_ids) for out in outputs)
+
+
+@pytest.mark.parametrize('budget', [1, 7, 64])
+@settings(max_examples=3, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_chunks_samples_and_aborts_change_no_token(model, budget, seed):
+    "Four samples of each prompt, a pool for about six sequences, requests that vanish at any moment."
+    rng = random.Random(seed)
+    llm = LLM(model, num_blocks=24, block_size=4, max_num_batched_tokens=budget, max_num_seqs=8)
+    prompts, lengths = requests(np.random.default_rng(seed), 5, 14, 6)
+    outputs = [llm.batcher.add(p, greedy(n, n=rng.choice([1, 4]))) for p, n in zip(prompts, lengths)]
+    gone = set()
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+        alive = sorted(llm.engine.requests)
+        if alive and rng.random() < 0.03:
+            gone.add(alive[0])
+            llm.engine.abort(alive[0])
+    assert all_free(llm)
+    for out, n in zip(outputs, lengths):
+        for answer in out.outputs:
+            assert is_greedy(model, out.prompt_token_ids, answer.token_ids)
+            assert len(answer.token_ids) == n or (out.request_id in gone and answer.finish_reason == 'abort')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('budget', [1, 7, 64])
+def test_chunks_samples_and_aborts_at_full_size(deep, budget):
+    rng = random.Random(budget)
+    prompts, lengths = requests(np.random.default_rng(budget), 64, 400, 200)
+    llm = LLM(deep, num_blocks=300, max_num_batched_tokens=budget)
+    outputs = [llm.batcher.add(p, greedy(n, n=4 if i % 8 == 0 else 1))
+               for i, (p, n) in enumerate(zip(prompts, lengths))]
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step()
+        if llm.engine.requests and rng.random() < 0.002:
+            llm.engine.abort(rng.choice(list(llm.engine.requests)))
+    assert all_free(llm)
+    for out, n in zip(outputs, lengths):
+        for answer in out.outputs:
+            assert is_greedy(deep, out.prompt_token_ids, answer.token_ids)
+            assert len(answer.token_ids) == n or answer.finish_reason == 'abort'
+
+
+def test_16_requests_on_smollm2_in_a_small_pool_say_the_goldens():
+    smollm, tokenizer = load_model(resolve('smollm2'), dtype='float32'), load_tokenizer(resolve('smollm2'))
+    llm = LLM(smollm, tokenizer, num_blocks=32, max_num_batched_tokens=64)
+    prompts = [g['prompt'] for g in GOLDEN] + [g['prompt_ids'] + g['greedy_ids'][:i] for i, g in enumerate(GOLDEN[:6])]
+    lengths = [6 + 2 * (i % 4) for i in range(16)]
+    outputs = llm.generate(prompts, [greedy(n) for n in lengths], use_tqdm=False)
+    assert llm.engine.scheduler.preemptions and all_free(llm)
+    want = [g['greedy_ids'] for g in GOLDEN] + [g['greedy_ids'][i:] for i, g in enumerate(GOLDEN[:6])]
+    assert [out.outputs[0].token_ids for out in outputs] == [ids[:n] for ids, n in zip(want, lengths)]
+    assert outputs[0].outputs[0].text == tokenizer.decode(want[0][:6], skip_special_tokens=True)
+
+
+def test_the_contiguous_cache_is_a_pool_of_one_block(model):
+    "The same engine, scheduler and runner with the cache of chapter 01b: one request after the other."
+    prompts, lengths = requests(np.random.default_rng(1), 3, 8, 5)
+    paged = LLM(model, num_blocks=16)
+    contiguous = LLM(model, cache=KVCache(model, 16), attend=dense_attend, scheduler=Scheduler(BlockManager(2, 16)))
+    params = [greedy(n, n=2) for n in lengths]
+    a, b = (llm.generate(prompts, params, use_tqdm=False) for llm in (paged, contiguous))
+    assert [[o.token_ids for o in out.outputs] for out in a] == [[o.token_ids for o in out.outputs] for out in b]
+    assert all_free(paged) and all_free(contiguous)
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company(model):
+    llm = LLM(model, num_blocks=64)
+    params = [SamplingParams(temperature=0.9, seed=i, n=1 + i % 3, max_tokens=5, top_p=0.9) for i in range(4)]
+    together = llm.generate([[3, 1, 4]] * 4, params, use_tqdm=False)
+    for i in (3, 1):
+        alone = llm.generate([3, 1, 4], params[i], use_tqdm=False)[0]
+        assert [o.token_ids for o in alone.outputs] == [o.token_ids for o in together[i].outputs]
+    assert len({tuple(o.token_ids) for out in together for o in out.outputs}) > 3
+    first = Sampler(params[2])
+    want = list(int(t) for t in generate(model, [3, 1, 4], 5, sample=first, cache=KVCache(model, 16)))
+    assert together[2].outputs[0].token_ids == want
+
+
+def test_logprobs_and_their_sum(model):
+    out = LLM(model, Letters(), num_blocks=16).generate('abc', SamplingParams(max_tokens=4, seed=1, logprobs=2), use_tqdm=False)[0]
+    answer = out.outputs[0]
+    assert out.prompt == 'abc' and out.prompt_token_ids == [0, 1, 2] and len(answer.logprobs) == 4
+    assert answer.cumulative_logprob == pytest.approx(
+        sum(top[i].logprob for i, top in zip(answer.token_ids, answer.logprobs)))
+    for top, token in zip(answer.logprobs, answer.token_ids):
+        likeliest = list(top.values())[:2]
+        assert token in top and 2 <= len(top) <= 3 and likeliest[0].logprob >= likeliest[1].logprob
+        assert all(p.decoded_token == Letters().decode([i]) for i, p in top.items())
+    prompt = InputBatch.of([0, 1, 2], size=4)
+    want = model(prompt, NoCache(), dense_attend).log_softmax(-1).numpy()[0]
+    assert max(abs(want[i] - p.logprob) for i, p in answer.logprobs[0].items()) < 1e-4
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.lists(st.text('abcdefghij', min_size=1, max_size=2), max_size=2), st.integers(0, 2**31))
+def test_text_and_stops_are_those_of_the_plain_loop(model, stop, seed):
+    params = SamplingParams(max_tokens=8, seed=seed, stop=tuple(stop), stop_token_ids=(7, 107, 207))
+    out = LLM(model, Letters(), num_blocks=16).generate('abc', params, use_tqdm=False)[0]
+    run = Generation(model, Letters(), [0, 1, 2], 8, stop, params.stop_token_ids, sample=Sampler(params, [0, 1, 2]),
+                     cache=KVCache(model, 16))
+    text, answer = ''.join(run), out.outputs[0]
+    assert (answer.text, answer.token_ids, answer.finish_reason) == (text, run.token_ids, run.finish_reason)
+    if answer.finish_reason == 'stop':
+        assert answer.stop_reason in stop or answer.stop_reason == answer.token_ids[-1]
+
+
+def test_a_stream_grows_to_the_answer_and_leaving_it_frees_the_blocks(model):
+    llm = LLM(model, Letters(), num_blocks=16)
+    texts = [out.outputs[0].text for out in llm.stream('abc', greedy(5))]
+    assert [len(t) for t in texts] == [1, 2, 3, 4, 5] and all(b.startswith(a) for a, b in zip(texts, texts[1:]))
+    for _ in llm.stream('abc', greedy(50)):
+        break
+    llm.generate('abc', greedy(1), use_tqdm=False)
+    assert all_free(llm) and not llm.engine.has_unfinished_requests()
+
+
+def test_an_error_while_sampling_ends_one_request(model):
+    llm = LLM(model, num_blocks=32)
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    want = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy(5), use_tqdm=False)]
+    outputs = [llm.batcher.add(p, greedy(5)) for p in prompts]
+    sequence, calls = llm.engine.requests[outputs[1].request_id].sequences[0], []
+    plain = sequence.sample
+
+    def breaks(logits):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ZeroDivisionError('a logits processor divided by zero')
+        return plain(logits)
+    sequence.sample = breaks
+    list(llm.batcher.run(outputs))
+    assert [out.outputs[0].token_ids for out in outputs] == [want[0], want[1][:2], want[2]]
+    assert [out.outputs[0].finish_reason for out in outputs] == ['length', 'error', 'length']
+    assert isinstance(outputs[1].error, ZeroDivisionError) and not outputs[0].error and all_free(llm)
+
+
+def test_logits_that_are_nan_end_one_request(model):
+    class Poisoned(EagerRunner):
+        "The scores of the sequence whose prompt starts with 9 are not numbers."
+        def __call__(self, batch):
+            for seq in batch.seqs:
+                if seq.token_ids[0] == 9 and not hasattr(seq, 'plain'):
+                    seq.plain = seq.sample
+                    seq.sample = lambda logits, seq=seq: seq.plain(logits * np.nan)
+            return super().__call__(batch)
+    cache = PagedKVCache(model, 16)
+    llm = LLM(model, cache=cache, runner=Poisoned(model, cache, paged_attend))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        good, bad = llm.generate([[1, 2], [9, 9]], greedy(3), use_tqdm=False)
+    assert is_greedy(model, [1, 2], good.outputs[0].token_ids) and isinstance(bad.error, FloatingPointError)
+    assert 'prompts[1]' in str(seen[0].message) and 'NaN' in str(seen[0].message)
+
+
+def test_a_bad_prompt_ends_alone_and_a_bad_call_before_anything_runs(model):
+    llm = LLM(model, num_blocks=16)
+    prompts = [[1, 2], [], [512], 'text', [1.5], [True], 7, [1] * 1024, [3, 4] * 200, [5]]
+    names = {1: 'empty', 2: '512', 3: 'tokenizer', 4: '1.5', 5: 'True', 6: 'int', 7: '1024 tokens', 8: 'pool holds 240'}
+    with pytest.warns(UserWarning, match=r'8 of 10 prompts failed.*prompts\[1\]: the prompt is empty'):
+        outputs = llm.generate(prompts, greedy(2), use_tqdm=False)
+    for i, out in enumerate(outputs):
+        assert bool(out.error) == (i in names) and out.finished
+        assert not out.error or (isinstance(out.error, BadInput) and names[i] in str(out.error))
+        assert out.error or is_greedy(model, prompts[i], out.outputs[0].token_ids)
+    for bad, names in (([], 'list of prompts is empty'), (None, 'NoneType'), ('', 'empty'), ([[]], 'empty'), ([-1], '-1')):
+        with pytest.raises(BadInput, match=names):
+            llm.generate(bad, greedy(2), use_tqdm=False)
+    with pytest.raises(BadInput, match='2 prompts came with 3'):
+        llm.generate([[1], [2]], [greedy(2)] * 3, use_tqdm=False)
+    with pytest.raises(BadInput, match='dict'):
+        llm.generate([1], {'max_tokens': 3}, use_tqdm=False)
+    with pytest.raises(BadInput, match='chat template'):
+        llm.chat([{'role': 'user', 'content': 'x'}])
+    assert all_free(llm)
+
+
+def test_max_tokens_is_clipped_to_the_context(model):
+    out = LLM(model, max_model_len=8, num_blocks=4).generate([1, 2, 3], greedy(100), use_tqdm=False)[0]
+    assert len(out.outputs[0].token_ids) == 5 and out.outputs[0].finish_reason == 'length'
+    assert LLM(model, num_blocks=4).generate([1], greedy(0), use_tqdm=False)[0].outputs[0].finish_reason == 'length'
+
+
+@pytest.mark.parametrize('sizes, names', [
+    (dict(num_blocks=0), 'num_blocks is 0'), (dict(num_blocks=1), 'num_blocks is 1'), (dict(block_size=0), 'block_size'),
+    (dict(max_num_seqs=0), 'max_num_seqs'), (dict(max_num_batched_tokens=0), 'max_num_batched_tokens'),
+    (dict(max_model_len=4096), "context is 1024"), (dict(gpu_memory_utilization=1.5), 'gpu_memory_utilization'),
+    (dict(gpu_memory_utilization=0), 'gpu_memory_utilization'), (dict(num_blocks=10**9), 'GB free')])
+def test_sizes_that_cannot_be(model, sizes, names):
+    with pytest.raises(BadInput, match=names):
+        LLM(model, **sizes)
+
+
+def test_ids_of_requests(model):
+    engine = make_engine(model, num_blocks=16)
+    engine.add_request('a', [1, 2], greedy(2))
+    with pytest.raises(BadInput, match="'a' is in use"):
+        engine.add_request('a', [1, 2], greedy(2))
+    with pytest.raises(BadInput, match="'b'"):
+        engine.abort('b')
+    engine.step()
+    engine.abort('a')
+    (out,) = engine.step()
+    assert out.finished and out.outputs[0].finish_reason == 'abort' and not engine.has_unfinished_requests()
+    with pytest.raises(BadInput, match="'a'"):
+        engine.abort('a')
+    engine.add_request('a', [1, 2], greedy(1))
+    assert engine.step()[0].outputs[0].finish_reason == 'length'
+
+
+def test_a_step_that_fails_hurts_no_later_request(model):
+    llm = LLM(model, num_blocks=16)
+    runner = llm.engine.runner
+
+    def breaks(batch):
+        raise RuntimeError('the device is gone')
+    llm.engine.runner = breaks
+    with pytest.raises(RuntimeError, match='device'):
+        llm.generate([1, 2], greedy(3), use_tqdm=False)
+    llm.engine.runner = runner
+    out = llm.generate([1, 2], greedy(3), use_tqdm=False)[0]
+    assert is_greedy(model, [1, 2], out.outputs[0].token_ids) and all_free(llm)
+
+
+def test_smaller_priority_goes_first(model):
+    engine, done = make_engine(model, num_blocks=16, max_num_seqs=1), []
+    for id, priority in (('late', 5), ('soon', 0), ('later', 5)):
+        engine.add_request(id, [1, 2], greedy(2), priority)
+    while engine.has_unfinished_requests():
+        done += [out.request_id for out in engine.step() if out.finished]
+    assert done == ['soon', 'late', 'later']
+
+
+async def read(engine, prompt, params, pause=0.0, **more):
+    "All token ids of a stream, and how many times it spoke."
+    times = 0
+    async for out in engine.generate(prompt, params, **more):
+        times += 1
+        await asyncio.sleep(pause)
+    return out.outputs[0].token_ids, times
+
+
+def test_async_streams_are_the_batch(model):
+    llm = LLM(model, num_blocks=32)
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    want = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy(6), use_tqdm=False)]
+
+    async def main():
+        engine = AsyncEngine(llm.engine)
+        try:
+            streams = (read(engine, p, greedy(6)) for p in prompts)
+            return await asyncio.gather(*streams)
+        finally:
+            engine.shutdown()
+    assert [tokens for tokens, _ in asyncio.run(main())] == want and all_free(llm)
+
+
+def test_a_slow_reader_stalls_nobody_and_misses_nothing(model):
+    llm = LLM(model, num_blocks=32)
+
+    async def main():
+        engine, start = AsyncEngine(llm.engine), time.perf_counter()
+        slow = asyncio.create_task(read(engine, [1, 2, 3], greedy(12), pause=1.0))
+        fast = await read(engine, [4, 5], greedy(12))
+        waited = time.perf_counter() - start
+        answer, times = await slow
+        engine.shutdown()
+        return fast, waited, answer, times
+    (fast, spoke), waited, answer, times = asyncio.run(main())
+    assert is_greedy(model, [4, 5], fast) and is_greedy(model, [1, 2, 3], answer) and len(answer) == len(fast) == 12
+    assert times < 12 and times <= waited + 3
+
+
+def test_leaving_a_stream_aborts_its_request_and_no_other(model):
+    llm = LLM(model, num_blocks=64)
+
+    async def main():
+        engine = AsyncEngine(llm.engine)
+
+        async def leaves():
+            async for out in engine.generate([9, 9], greedy(800), request_id='x'):
+                if len(out.outputs[0].token_ids) >= 2:
+                    return
+        stays = asyncio.create_task(read(engine, [1, 2, 3], greedy(10)))
+        await leaves()
+        tokens, _ = await stays
+        cancelled = asyncio.create_task(read(engine, [7], greedy(800)))
+        await asyncio.sleep(0.5)
+        cancelled.cancel()
+        again, _ = await read(engine, [9, 9], greedy(2), request_id='x')
+        engine.shutdown()
+        return tokens, again
+    tokens, again = asyncio.run(main())
+    assert is_greedy(model, [1, 2, 3], tokens) and is_greedy(model, [9, 9], again)
+    assert all_free(llm) and not llm.engine.has_unfinished_requests()
+
+
+def test_async_errors_reach_their_caller_only(model):
+    llm = LLM(model, num_blocks=64)
+
+    async def fails(coroutine, kind, names):
+        with pytest.raises(kind, match=names):
+            await coroutine
+
+    async def main():
+        engine = AsyncEngine(llm.engine)
+        good = asyncio.create_task(read(engine, [1, 2, 3], greedy(12), request_id='mine'))
+        await asyncio.sleep(0.2)
+        await fails(read(engine, [], greedy(2)), BadInput, 'empty')
+        await fails(read(engine, [1], greedy(2), request_id='mine'), BadInput, "'mine' is in use")
+        await fails(read(engine, [1] * 1023 + [2], greedy(2)), BadInput, '1024 tokens')
+        await fails(engine.abort('nobody'), BadInput, "'nobody'")
+        tokens, _ = await good
+        runner, llm.engine.runner = llm.engine.runner, lambda batch: 1 / 0
+        await fails(read(engine, [1], greedy(2)), ZeroDivisionError, 'division')
+        llm.engine.runner = runner
+        after, _ = await read(engine, [1], greedy(2))
+        hanging = asyncio.create_task(read(engine, [5], greedy(900)))
+        await asyncio.sleep(0.3)
+        engine.shutdown()
+        await fails(hanging, RuntimeError, 'shut down')
+        await fails(read(engine, [1], greedy(2)), RuntimeError, 'shut down')
+        return tokens, after
+    tokens, after = asyncio.run(main())
+    assert is_greedy(model, [1, 2, 3], tokens) and len(tokens) == 12 and is_greedy(model, [1], after)
+    assert all_free(llm) and threading.active_count() < 10
+
+
+def test_abort_ends_the_stream(model):
+    llm = LLM(model, num_blocks=64)
+
+    async def main():
+        engine = AsyncEngine(llm.engine)
+        stream = asyncio.create_task(read(engine, [1, 2, 3], greedy(900), request_id=1))
+        await asyncio.sleep(0.5)
+        await engine.abort(1)
+        tokens, _ = await stream
+        engine.shutdown()
+        return tokens
+    tokens = asyncio.run(main())
+    assert len(tokens) < 900 and is_greedy(model, [1, 2, 3], tokens) and all_free(llm)
