@@ -246,9 +246,9 @@ class Walk(RuleBasedStateMachine):
         assert not preempted or set(batch.seqs) <= set(ran), 'out and in again in one step'
         COUNTS['preemptions'] += preempted
         COUNTS['copies'] += len(batch.copies)
-        waiting = self.scheduler.waiting.first()
+        waiting = [s.rank for s in self.scheduler.sequences.values() if s.status is Status.WAITING]
         if waiting and self.scheduler.running:
-            COUNTS['overtaken'] += waiting.rank < self.scheduler.running[-1].rank
+            COUNTS['overtaken'] += min(waiting) < self.scheduler.running[-1].rank
         return batch
 
     def begin_step(self):
