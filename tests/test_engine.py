@@ -278,6 +278,11 @@ def test_sizes_that_cannot_be(model, sizes, names):
         LLM(model, **sizes)
 
 
+def test_a_cache_without_blocks_wants_a_scheduler(model):
+    with pytest.raises(BadInput, match='KVCache'):
+        LLM(model, cache=KVCache(model, 16), attend=dense_attend)
+
+
 def test_ids_of_requests(model):
     engine = make_engine(model, num_blocks=16)
     engine.add_request('a', [1, 2], greedy(2))

@@ -68,7 +68,7 @@ class BlockPool:
             self.blocks[i].refs -= 1
             if not self.blocks[i].refs: self.free.append(self.blocks[i])
 
-# %% ../nbs/02_paging.ipynb #9dfd155a
+# %% ../nbs/02_paging.ipynb #58c478d2
 class BlockTable:
     "The blocks of one owner, in the order of its tokens."
     def __init__(self, pool: BlockPool, block_size: int,
@@ -91,11 +91,11 @@ class BlockTable:
         "Slots for `n` more tokens, all or none; before a shared tail is written to, it is copied."
         missing, free = self.missing(n), len(self.pool.free)
         if missing > free: raise IndexError(f'{missing} more blocks wanted, {free} free')
+        if not missing: self.length += n; return []
         fresh = [self.pool.take() for _ in range(missing)]
-        copies = [(self.ids.pop(), fresh[0])] if n and self.tail_is_shared else []
+        copies = [(self.ids.pop(), fresh[0])] if self.tail_is_shared else []
         self.pool.release(old for old, _ in copies)
-        self.ids += fresh
-        self.length += n
+        self.ids += fresh; self.length += n
         return copies
 
     def fork(self, length: int) -> BlockTable:

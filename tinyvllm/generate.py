@@ -81,14 +81,14 @@ def check_prompt(
         raise BadInput(f'token id {bad} is outside the vocabulary of {config.vocab_size}')
     return min(max_tokens, context - n)
 
-# %% ../nbs/01_greedy.ipynb #07b7f4ba
+# %% ../nbs/01_greedy.ipynb #055272cd
 class StopText:
     "Lets text through until a stop string appears, and holds back what could become one."
     def __init__(self, stop: Sequence[str] = ()):
         self.stop, self.held, self.hit = tuple(stop), '', None
 
     def add(self, text: str) -> str:  # what is certain now
-        "Take new text; `hit` becomes the stop string that appears: it and what follows are dropped."
+        "Take new text. `hit` becomes the stop string that appears; the text ends before it."
         self.held += text
         found = [(self.held.index(s) + len(s), self.held.index(s), s)
                  for s in self.stop if s in self.held]

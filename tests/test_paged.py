@@ -1,0 +1,196 @@
+"Slots, tables and attention through them, against numpy; sizes that hold."
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from tinygrad import Tensor
+
+from tinyvllm import paged
+from tinyvllm.blocks import BlockManager
+from tinyvllm.errors import BadInput
+from tinyvllm.llama import Llama, dense_attend, kv_bytes, model_config, weight_bytes
+from tinyvllm.measure import counting
+from tinyvllm.paged import (EagerRunner, EngineArgs, PagedBatch, PagedKVCache, activation_bytes, device_memory,
+                            paged_attend, pool_blocks, stored)
+from tinyvllm.sampling import SamplingParams
+from tinyvllm.scheduler import Batch, Scheduler, Sequence
+from tinyvllm.weights import tiny_checkpoint
+
+
+@pytest.fixture(scope='module')
+def model():
+    config, state = tiny_checkpoint(seed=0)
+    return Llama(model_config(config), state)
+
+
+def tensor(x):
+    return Tensor(np.asarray(x)).realize()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_stored_is_a_scatter_and_touches_what_it_writes(seed):
+    rng = np.random.default_rng(seed)
+    start, new = rng.standard_normal((200, 2, 4), np.float32), rng.standard_normal((8, 2, 4), np.float32)
+    slots, pool = rng.permutation(200)[:8].astype(np.int32), tensor(start)
+    arguments = tensor(new), tensor(slots)
+    with counting() as c:
+        after = stored(pool, *arguments).realize()
+    start[slots] = new
+    assert np.array_equal(after.numpy(), start) and np.array_equal(pool.numpy(), start)
+    assert c.kernels == 1 and c.nbytes <= 2 * new.nbytes + slots.nbytes
+
+
+@st.composite
+def mixed(draw):
+    "Sequences with a past and new tokens, in shuffled blocks; sizes fall into few buckets."
+    seed = draw(st.integers(0, 2**32 - 1))
+    rng, size = np.random.default_rng(seed), draw(st.sampled_from([4, 16]))
+    heads, kv_heads = draw(st.sampled_from([(4, 2), (3, 1), (8, 8)]))
+    batch, free = Batch(size), list(rng.permutation(np.arange(1, 33)))
+    for i in range(draw(st.integers(1, 4))):
+        new, past = int(rng.integers(1, 5)), int(rng.integers(0, 3 * size - 4))
+        seq = Sequence(i, rng.integers(0, 512, past + new).tolist())
+        seq.num_computed = past
+        batch.add(seq, new, [int(free.pop()) for _ in range(-(-(past + new) // size))], [])
+    return batch, heads, kv_heads, rng
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixed())
+def test_batches_are_laid_out_as_a_loop_would(case):
+    batch, *_ = case
+    inputs, t, size = PagedBatch.of(batch), 0, batch.block_size
+    tokens, positions, slots, owners, rows = (getattr(inputs, n).tolist() for n in
+                                              ('tokens', 'positions', 'slots', 'owners', 'rows'))
+    for s, (seq, n, table) in enumerate(zip(batch.seqs, batch.num_new, batch.tables)):
+        assert inputs.tables[s].tolist() == table + [0] * (inputs.tables.shape[1] - len(table))
+        for p in range(seq.num_computed, seq.num_computed + n):
+            assert (tokens[t], positions[t], owners[t]) == (seq.token_ids[p], p, s)
+            assert slots[t] == table[p // size] * size + p % size
+            t += 1
+        assert rows[s] == t - 1
+    assert all(slot < size for slot in slots[t:]) and len(set(slots[:t])) == t
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixed())
+def test_attention_through_tables_is_attention(case):
+    batch, heads, kv_heads, rng = case
+    inputs, size = PagedBatch.of(batch), batch.block_size
+    q = rng.standard_normal((len(inputs.tokens), heads, 8)).astype(np.float32)
+    k, v = (rng.standard_normal((33, size, kv_heads, 8)).astype(np.float32) for _ in 'kv')
+    out = paged_attend(tensor(q), tensor(k), tensor(v), inputs).numpy()
+    t = 0
+    for seq, n, table in zip(batch.seqs, batch.num_new, batch.tables):
+        keys, values = (x[table].reshape(-1, kv_heads, 8).astype(np.float64) for x in (k, v))
+        for p in range(seq.num_computed, seq.num_computed + n):
+            for h in range(heads):
+                g = h // (heads // kv_heads)
+                scores = keys[:p + 1, g] @ q[t, h] / math.sqrt(8)
+                weights = np.exp(scores - scores.max())
+                want = weights @ values[:p + 1, g] / weights.sum()
+                assert np.abs(out[t, h] - want).max() <= 1e-5 * max(1, np.abs(want).max())
+            t += 1
+
+
+def test_copied_blocks_are_copies_and_others_stay(model):
+    cache, rng = PagedKVCache(model, 8, 4), np.random.default_rng(0)
+    start = rng.standard_normal(cache.k[0].shape, np.float32)
+    for pool in cache.k + cache.v:
+        pool.assign(tensor(start)).realize()
+    cache.copy([(1, 5), (1, 6), (2, 7)])
+    want = start.reshape(8, 4, *start.shape[1:]).copy()
+    want[5], want[6], want[7] = want[1], want[1], want[2]
+    for pool in cache.k + cache.v:
+        assert np.array_equal(pool.numpy()[4:], want.reshape(start.shape)[4:])    # block 0 is anybody's
+
+
+def decode_step(model, pool, n, context=20):
+    "Counts of a step in which `n` sequences compute one token each."
+    scheduler = Scheduler(BlockManager(pool))
+    runner = EagerRunner(model, PagedKVCache(model, pool), paged_attend)
+    for i in range(n):
+        scheduler.add(Sequence(i, [i] * context, SamplingParams(max_tokens=9, seed=0)))
+    for _ in range(2):
+        batch = scheduler.schedule()
+        with counting() as counts:
+            tokens = runner(batch)
+        scheduler.update(batch, tokens)
+    return counts
+
+
+def test_a_step_reads_weights_once_and_no_more_of_the_pool_than_it_uses(model):
+    one, four = decode_step(model, 64, 1), decode_step(model, 64, 4)
+    large = decode_step(model, 4096, 1)          # 65,536 slots: where tinygrad would split the lookup
+    assert large.nbytes == one.nbytes and large.kernels == one.kernels <= 24 * len(model.layers)
+    assert one.nbytes < 1.35 * weight_bytes(model) and four.nbytes < 1.5 * one.nbytes
+
+
+def test_pool_is_sized_by_what_is_free(model, monkeypatch):
+    block, args = 16 * kv_bytes(model), EngineArgs(max_num_seqs=4)
+    reserve = activation_bytes(model.config, args)
+
+    def with_memory(total, free, **change):
+        monkeypatch.setattr(paged, 'device_memory', lambda device: (total, free))
+        return pool_blocks(model, EngineArgs(max_num_seqs=4, **change))
+    assert with_memory(10**9, 10**9) == 4 * 256 // 16 + 1            # no more than four contexts
+    total = 10 * (reserve + 20 * block)
+    free = total // 10 + reserve + 20 * block                        # nine tenths of all: 20 blocks are left
+    assert with_memory(total, free) == 20
+    assert with_memory(total, free, gpu_memory_utilization=1.0) > 20
+    assert with_memory(total, free, num_blocks=7) == 7
+    for change in (dict(num_blocks=21), dict(gpu_memory_utilization=0.5), dict(max_num_batched_tokens=4096)):
+        with pytest.raises(BadInput, match='GB free'):
+            with_memory(total, free, **change)
+
+
+def test_memory_of_a_card_is_read_from_nvidia_smi(monkeypatch):
+    monkeypatch.setattr(subprocess, 'check_output', lambda command, text: '81559, 80000\n24564, 100\n')
+    assert device_memory('CUDA') == (81559 * 2**20, 80000 * 2**20)
+    total, free = device_memory('CPU')
+    assert 0 < free <= total
+
+
+STEP = '''
+import resource, numpy as np
+from tinyvllm.llama import Llama, model_config
+from tinyvllm.paged import *
+from tinyvllm.scheduler import *
+from tinyvllm.blocks import BlockManager
+from tinyvllm.measure import peak_memory
+from tinyvllm.sampling import SamplingParams
+from tinyvllm.weights import tiny_checkpoint
+config, state = tiny_checkpoint(seed=0, max_position_embeddings=2048, num_attention_heads=16, num_key_value_heads=4,
+                                num_hidden_layers=1)
+model = Llama(model_config(config), state)
+args = EngineArgs(max_num_seqs=2, max_num_batched_tokens=1024)
+scheduler, runner = Scheduler(BlockManager(260), 2, 1024), EagerRunner(model, PagedKVCache(model, 260), paged_attend)
+scheduler.add(Sequence(0, [1] * 2047, SamplingParams(max_tokens=1)))
+scheduler.add(Sequence(1, [1] * 1, SamplingParams(max_tokens=9)))
+before = peak_memory()
+for _ in range(2):
+    batch = scheduler.schedule()
+    scheduler.update(batch, runner(batch))
+print(peak_memory() - before, activation_bytes(model.config, args))
+'''
+
+
+def test_a_step_stays_within_what_was_reserved_for_it():
+    used, reserved = map(int, subprocess.check_output([sys.executable, '-c', STEP], text=True).split())
+    compiling = 80_000_000
+    assert reserved / 4 < used < reserved + compiling, (used, reserved)
+
+
+def test_half_precision_agrees_with_the_dense_attention():
+    config, state = tiny_checkpoint(seed=0)
+    half = Llama(model_config(config), {n: t.half().realize() for n, t in state.items()})
+    scheduler = Scheduler(BlockManager(8))
+    scheduler.add(Sequence(0, [5, 6, 7, 8], SamplingParams(max_tokens=1)))
+    from tinyvllm.llama import InputBatch, NoCache
+    got = half(PagedBatch.of(scheduler.schedule()), PagedKVCache(half, 8), paged_attend).numpy()[0]
+    want = half(InputBatch.of([5, 6, 7, 8]), NoCache(), dense_attend).numpy()[0]
+    assert np.abs(got - want).max() < 2e-3 * np.abs(want).max() + 2e-3
