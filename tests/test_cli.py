@@ -4,10 +4,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from tinyvllm.cli import main
+from tinyvllm import LLM, SamplingParams
+from tinyvllm.bench import Workload, measure_rung
+from tinyvllm.cli import main, reply
+from tinyvllm.llama import Llama, model_config
+from tinyvllm.scheduler import Sequence
 from tinyvllm.tokenizer import load_tokenizer
 from tinyvllm.weights import resolve, save_safetensors, tiny_checkpoint
 
@@ -77,6 +82,9 @@ BAD = [
     (['generate', 'x', '--model', 'nosuch'], 'nosuch'), (['generate', 'x', '--dtype', 'int8'], 'dtype'),
     (['generate'], 'PROMPT'), (['dance'], 'dance'), ([], 'COMMAND'), (['pull', 'nosuch'], 'nosuch'),
     (['bench', '--tokens', '1'], '--tokens'), (['bench', '--repeat', '0'], '--repeat'), (['bench', '--rung', '99'], '99'),
+    (['bench', '--requests', '4', '0'], '--requests'), (['bench', '--rung', '01b', '--requests', '2'], '--rung 04a'),
+    (['generate', 'x', '--out', 'o.jsonl'], '--prompts'), (['generate', 'x', '--prompts', 'p.jsonl', '--out', 'o.jsonl'], 'not both'),
+    (['generate', '--prompts', 'no/such.jsonl', '--out', 'o.jsonl'], 'no/such.jsonl'),
 ]
 
 
@@ -150,25 +158,69 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
     assert process.returncode == 0 and b'Traceback' not in err and b' ...' in out
 
 
+def test_ctrl_c_aborts_the_request(folder, capsys, monkeypatch):
+    llm = LLM(folder, max_num_seqs=1, max_model_len=32)
+    pieces = []
+
+    def interrupted(*text, **how):
+        pieces.append(''.join(text))
+        if len(pieces) == 3: raise KeyboardInterrupt
+    monkeypatch.setattr('builtins.print', interrupted)
+    text = reply(llm.stream('abc', SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)))
+    monkeypatch.undo()
+    scheduler = llm.engine.scheduler
+    assert text == ''.join(pieces[:3]) and pieces[3] == ' ...' and len(pieces) == 5
+    assert not scheduler.running and scheduler.blocks.num_free == 2
+
+
+def test_a_conversation_that_outgrows_the_context_says_so(folder, capsys, monkeypatch):
+    monkeypatch.setattr('tinyvllm.cli.CHAT_CONTEXT', 30)
+    lines = iter(['a' * 40, 'a', '/reset', '/exit'])
+    monkeypatch.setattr('tinyvllm.cli.read_line', lambda: next(lines))
+    code, out, err = in_process(capsys, 'chat', '--model', folder, '--max-tokens', 2)
+    assert code == 0 and err.count('/reset forgets it') == err.count('\n') == 1 and 'context is 30' in err
+    assert out.count('\n') == 1      # the second question was answered
+
+
 def test_bench_appends_a_row_and_prints_it(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 10e9)
     ladder = tmp_path / 'ladder.jsonl'
-    for rung in ('01', '01b'):
-        code, out, err = in_process(capsys, 'bench', '--rung', rung, '--model', folder, '--tokens', 3,
+    for args, label in ((['--rung', '01'], '01'), (['--rung', '01b'], '01b'), (['--requests', 1, 2], '04a')):
+        code, out, err = in_process(capsys, 'bench', *args, '--model', folder, '--tokens', 3,
                                     '--prompt-tokens', 4, '--repeat', 1, '--ladder', ladder)
         assert code == 0 and str(ladder) in err
-        assert f'| {rung} |' in out.splitlines()[-1] and '| smollm2 float32 |' in out
+        assert f'| {label} |' in out.splitlines()[-1] and '| smollm2 float32 |' in out
     rows = [json.loads(line) for line in ladder.read_text().splitlines()]
-    assert [r['rung'] for r in rows] == ['01', '01b'] and all(r['greedy_equal'] for r in rows)
+    assert [(r['rung'], r['requests']) for r in rows] == [('01', 1), ('01b', 1), ('04a', 1), ('04a', 2)]
+    assert all(r['greedy_equal'] and r['workload'] == '4+3' and r['model'] == folder.name for r in rows)
+    alone, both = rows[2:]
+    assert both['roof_tok_s'] > 1.5 * alone['roof_tok_s'] and both['kernels_per_token'] < 0.7 * alone['kernels_per_token']
     code, _, err = in_process(capsys, 'bench', '--model', folder, '--tokens', 2, '--repeat', 1,
                               '--prompt-tokens', 4, '--ladder', tmp_path / 'no' / 'folder.jsonl')
     assert code == 2 and 'folder.jsonl' in err and err.splitlines()[-1].startswith('tinyvllm: error')
+    code, _, err = in_process(capsys, 'bench', '--model', folder, '--prompt-tokens', 250, '--tokens', 7)
+    assert code == 2 and '250+7 tokens are 257' in err and '256' in err and err.count('\n') == 1
+
+
+def test_wrong_tokens_are_seen(monkeypatch):
+    config, state = tiny_checkpoint(seed=0, num_hidden_layers=1)
+    model = Llama(model_config(config), state)
+    monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 10e9)
+    work = Workload(prompt_tokens=4, tokens=3, requests=2)
+    assert measure_rung('04a', model, work, repeat=1).greedy_equal
+    sample = Sequence.extend    # the second request says something else once
+    monkeypatch.setattr(Sequence, 'extend', lambda seq, tokens: sample(seq, [
+        replace(t, token_id=(t.token_id + 1) % 9) if seq.id == (1, 0) and len(seq.sampled) == 1 else t for t in tokens]))
+    assert not measure_rung('04a', model, work, repeat=1).greedy_equal
 
 
 def test_info_and_help_tell_what_there_is():
     run = tinyvllm('info')
     for word in ('device', 'compiler', 'tinygrad', 'bandwidth', 'cache', 'model'):
         assert f'\n{word}' in f'\n{run.stdout}'
+    text = tinyvllm('generate', '--help').stdout
+    for word in ('"messages"', '"prompt_token_ids"', '"error"', 'exit code is 1', '--max-num-seqs'):
+        assert word in text
     for command in ('pull', 'generate', 'chat', 'bench', 'info'):
         assert 'examples:' in tinyvllm(command, '--help').stdout
 

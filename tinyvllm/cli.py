@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 
 from tinyvllm import __version__
@@ -14,7 +14,7 @@ from tinyvllm.errors import BadInput
 # and `--help` must not take a second.
 
 CHAT_CONTEXT = 4096   # tokens reserved for a conversation
-BENCH_TEXT = 'The train left the station at dawn and climbed slowly into the hills. '
+SIZES = ('max_num_seqs', 'num_blocks', 'max_num_batched_tokens')   # of the engine of a batch
 
 EXAMPLES = {
     None: """\
@@ -33,7 +33,22 @@ examples:
   tinyvllm generate "Q: 2+2? A:" --stop Q: --stop ';'
   tinyvllm generate "A haiku:" --temperature 0.8 --top-p 0.95 --seed 1
   cat story.txt | tinyvllm generate - --json
-  tinyvllm generate "Hello" --model ./folder-or-file.gguf --dtype float16 --device CPU""",
+  tinyvllm generate "Hello" --model ./folder-or-file.gguf --dtype float16 --device CPU
+  tinyvllm generate --prompts questions.jsonl --out answers.jsonl --max-tokens 200
+
+a batch: each line of --prompts is one of
+  {"prompt": "Once upon a time"}
+  {"prompt_token_ids": [28120, 2501]}
+  {"messages": [{"role": "user", "content": "Hello"}]}      by the model's chat template
+with an "id" of your own if you like, and parameters of this line alone, as in
+  {"id": "q7", "prompt": "A haiku:", "temperature": 0.8, "seed": 1, "n": 2, "logprobs": 5}
+Each line of --out answers one, in order, as soon as it is known:
+  {"line": 7, "id": "q7", "prompt": "A haiku:", "text": "...", "token_ids": [...],
+   "finish_reason": "length", "stop_reason": null, "prompt_tokens": 4}
+With n > 1, "outputs" is a list of {"text", "token_ids", ...}; with logprobs, each answer has
+"cumulative_logprob" and "logprobs", per token {token id: log-probability}.
+A line that fails is {"line": 8, "error": "..."}; the rest still runs, and the exit code is 1.
+Stopped? The same command goes on where --out ends.""",
     'chat': """\
 examples:
   tinyvllm chat
@@ -41,7 +56,8 @@ examples:
 inside: /reset forgets the conversation, /exit leaves, Ctrl-C stops the answer""",
     'bench': """\
 examples:
-  tinyvllm bench                                   the fastest rung, median of 3 runs
+  tinyvllm bench                                   the engine with one request, median of 3 runs
+  tinyvllm bench --requests 1 4 16 32              and with more at the same time: a row for each
   tinyvllm bench --rung 01 --tokens 8              the loop without a cache
   tinyvllm bench --ladder mine.jsonl               keep the row elsewhere""",
     'info': """\
@@ -66,7 +82,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for run, text, add_options in (
             (pull, 'Download a model into the cache.', pull_options),
-            (generate, 'Complete a text, word by word.', generate_options),
+            (generate, 'Complete a text, word by word, or all texts of a file.', generate_options),
             (chat, 'Talk to a model, with its own chat template.', chat_options),
             (bench, 'Measure decoding and add a row to the ladder.', bench_options),
             (info, 'Show device, compiler, bandwidth, cache and models.', device_option)):
@@ -83,9 +99,15 @@ def pull_options(p: Parser) -> None:
 
 
 def generate_options(p: Parser) -> None:
-    "A prompt, a model, and how to sample."
-    p.add_argument('prompt', metavar='PROMPT', help='raw text, no chat template; - reads standard input')
+    "A prompt or a file of them, a model, and how to sample."
+    p.add_argument('prompt', metavar='PROMPT', nargs='?', help='raw text, no chat template; - reads standard input')
     p.add_argument('--json', action='store_true', help='print one JSON object at the end instead')
+    p.add_argument('--prompts', metavar='FILE', help='a batch: answer each line of this JSONL file, see below')
+    p.add_argument('--out', metavar='FILE', help='append the answers here, in order; resumes what was stopped')
+    p.add_argument('--max-num-seqs', type=int, metavar='N', help='batch: answers that run at once; default 256')
+    p.add_argument('--num-blocks', type=int, metavar='N',
+                   help='batch: blocks of 16 tokens for keys and values; default: as many as fit')
+    p.add_argument('--max-num-batched-tokens', type=int, metavar='N', help='batch: tokens of a step; default 512')
     model_options(p)
     sampling_options(p, max_tokens=64)
 
@@ -99,9 +121,12 @@ def chat_options(p: Parser) -> None:
 
 def bench_options(p: Parser) -> None:
     "Which rung, how much work, where to keep the row."
-    p.add_argument('--rung', default='01b', choices=['01', '01b'], help='01: no cache; 01b: KV cache')
-    p.add_argument('--prompt-tokens', type=int, default=32, metavar='N', help='default 32')
-    p.add_argument('--tokens', type=int, default=16, metavar='N', help='tokens to generate; default 16')
+    p.add_argument('--rung', default='04a', choices=['01', '01b', '04a'],
+                   help='01: no cache; 01b: KV cache; 04a: the engine, the default')
+    p.add_argument('--requests', type=int, nargs='+', default=[1], metavar='N',
+                   help='requests at the same time, a row for each number given; default 1')
+    p.add_argument('--prompt-tokens', type=int, default=32, metavar='N', help='of each request; default 32')
+    p.add_argument('--tokens', type=int, default=16, metavar='N', help='to generate for each; default 16')
     p.add_argument('--repeat', type=int, default=3, metavar='N', help='runs; the median counts; default 3')
     p.add_argument('--ladder', metavar='FILE', help='default: nbs/ladder.jsonl in a checkout, else the cache')
     model_options(p)
@@ -143,19 +168,22 @@ def sampling_params(args):
     return SamplingParams(**{n: getattr(args, n) for n in names}, stop=tuple(args.stop))
 
 
-def load(args, context: int | None = None):
-    "The model and its tokenizer; `context` bounds how many tokens it may hold."
+def load(args):
+    "The model and its tokenizer. Raises `BadInput`."
     from tinyvllm.llama import load_model
     from tinyvllm.tokenizer import load_tokenizer
-    from tinyvllm.weights import open_checkpoint, resolve
+    from tinyvllm.weights import resolve
     path = resolve(args.model)
-    checkpoint = open_checkpoint(path)
-    model = load_model(checkpoint, args.dtype)
-    tokenizer = load_tokenizer(path)
+    model, tokenizer = load_model(path, args.dtype), load_tokenizer(path)
     tokenizer.check_vocab(model.config.vocab_size)
-    if context and context < model.config.max_position_embeddings:
-        model.config = replace(model.config, max_position_embeddings=context)
     return model, tokenizer
+
+
+def small_llm(model, tokenizer, context: int):
+    "An engine for one request of at most `context` tokens: its memory is reserved in no time."
+    from tinyvllm import LLM
+    context = min(context, model.config.max_position_embeddings)
+    return LLM(model, tokenizer, max_num_seqs=1, max_model_len=context)
 
 
 def pull(args) -> None:
@@ -164,30 +192,77 @@ def pull(args) -> None:
     print(pull(args.name))
 
 
-def generate(args) -> None:
-    "`tinyvllm generate`: stream a completion, or print it as one JSON object."
-    from tinyvllm.generate import Generation, check_prompt
-    from tinyvllm.kvcache import KVCache
-    from tinyvllm.measure import peak_memory
-    from tinyvllm.sampling import Sampler
+def generate(args) -> int:
+    "`tinyvllm generate`: stream a completion, print it as one JSON object, or answer a file."
+    check_batch_options(args)
+    return complete(args) if args.prompts is None else batch(args)
+
+
+def check_batch_options(args) -> None:
+    "One prompt or a file of them; raises `BadInput` for both, none, or options of the other."
+    if args.prompt is None and args.prompts is None:
+        raise BadInput('give a PROMPT (- reads standard input), or --prompts FILE')
+    if args.prompts is None:
+        for name in ('out', *SIZES):
+            if getattr(args, name) is not None:
+                raise BadInput(f'--{name.replace("_", "-")} needs --prompts FILE')
+    elif args.prompt is not None:
+        raise BadInput('give a PROMPT or --prompts FILE, not both')
+    elif args.out is None:
+        raise BadInput('--prompts needs --out FILE, where the answers go')
+    elif args.json:
+        raise BadInput('--json is for one PROMPT; what --out gets is JSON already')
+
+
+def batch(args) -> int:
+    "Answer a file; 1 if a line failed."
+    from tinyvllm.batchfile import run_batch
+    from tinyvllm.engine import load_engine
+    from tinyvllm.paged import EngineArgs
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    EngineArgs(**sizes)   # refused before anything is read
+    failed = run_batch(args.prompts, args.out, sampling_params(args),
+                       lambda: load_engine(args.model, dtype=args.dtype, **sizes))
+    return 1 if failed else 0
+
+
+def complete(args) -> int:
+    "Answer one prompt."
+    from tinyvllm.generate import check_prompt
     params, text = sampling_params(args), read_prompt(args.prompt)
     model, tokenizer = load(args)
     ids = tokenizer.encode(text)
     room = len(ids) + check_prompt(ids, model.config, params.max_tokens)
-    run = Generation(model, tokenizer, ids, params.max_tokens, params.stop,
-                     stop_ids(params, tokenizer), sample=Sampler(params, ids), cache=KVCache(model, room))
-    for piece in run:
-        if not args.json:
-            print(piece, end='', flush=True)
+    stream = small_llm(model, tokenizer, room + 1).stream(ids, params)
+    for out in stream if args.json else spoken(stream):
+        pass
     if args.json:
-        print(json.dumps(dict(
-            text=run.text, token_ids=run.token_ids, prompt_token_ids=ids, finish_reason=run.finish_reason,
-            metrics=dict(ttft_s=run.watch.ttft_s, decode_tok_s=run.watch.decode_tok_s,
-                         prompt_tokens=len(ids), generated_tokens=len(run.token_ids),
-                         peak_memory_bytes=peak_memory()))))
+        print(json.dumps(as_json(out)))
     else:
         print()
-        report(model, run)
+        report(model, out)
+    return 0
+
+
+def spoken(stream):
+    "The outputs of an `LLM.stream`, whose text is printed as it grows."
+    shown = 0
+    with closing(stream):   # a closed pipe, Ctrl-C: the request is aborted
+        for out in stream:
+            print(out.outputs[0].text[shown:], end='', flush=True)
+            shown = len(out.outputs[0].text)
+            yield out
+
+
+def as_json(out) -> dict:
+    "What `--json` prints."
+    from tinyvllm.measure import peak_memory
+    answer, ids = out.outputs[0], out.prompt_token_ids
+    return dict(text=answer.text, token_ids=answer.token_ids, prompt_token_ids=ids,
+                finish_reason=answer.finish_reason,
+                metrics=dict(ttft_s=out.metrics.ttft_s, decode_tok_s=out.metrics.decode_tok_s,
+                             prompt_tokens=len(ids), generated_tokens=len(answer.token_ids),
+                             peak_memory_bytes=peak_memory()))
 
 
 def read_prompt(prompt: str) -> str:
@@ -202,20 +277,15 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
-def stop_ids(params, tokenizer) -> set[int]:
-    "The tokens that end this request."
-    return {*params.stop_token_ids, *(() if params.ignore_eos else tokenizer.eos_ids)}
-
-
-def report(model, run) -> None:
+def report(model, out) -> None:
     "Speed and memory limit, on standard error so that the text stays clean."
     from tinyvllm.llama import kv_bytes, weight_bytes
     from tinyvllm.measure import Roof, bandwidth
-    n, speed = len(run.token_ids), run.watch.decode_tok_s
-    line = f'{n} tokens ({run.finish_reason})'
-    if n: line += f', first after {run.watch.ttft_s:.2f} s'
+    n, speed = len(out.outputs[0].token_ids), out.metrics.decode_tok_s
+    line = f'{n} tokens ({out.outputs[0].finish_reason})'
+    if n: line += f', first after {out.metrics.ttft_s:.2f} s'
     if speed:
-        context = len(run.prompt_token_ids) + n
+        context = len(out.prompt_token_ids) + n
         roof = Roof(bandwidth(), weight_bytes(model), kv_bytes(model) * context)
         line += (f', then {speed:.2f} tok/s: {roof.share(speed):.1%} of the {roof.tok_s:.0f} tok/s '
                  f'that {roof.bandwidth/1e9:.0f} GB/s of memory allow')
@@ -223,13 +293,10 @@ def report(model, run) -> None:
 
 
 def chat(args) -> None:
-    "`tinyvllm chat`: a conversation; the cache carries over, so a turn computes only what is new."
-    from tinyvllm.generate import Generation
-    from tinyvllm.kvcache import KVCache, reuse
-    from tinyvllm.sampling import Sampler
+    "`tinyvllm chat`: a conversation; every turn computes all of it again until a prefix is kept."
     params = sampling_params(args)
-    model, tokenizer = load(args, CHAT_CONTEXT)
-    cache = KVCache(model, model.config.max_position_embeddings)
+    model, tokenizer = load(args)
+    llm = small_llm(model, tokenizer, CHAT_CONTEXT)
     start = [{'role': 'system', 'content': args.system}] if args.system else []
     messages = list(start)
     while (line := read_line()) != '/exit':
@@ -237,17 +304,13 @@ def chat(args) -> None:
             messages = list(start)
         elif line:
             messages.append({'role': 'user', 'content': line})
-            ids = tokenizer.encode(tokenizer.apply_chat_template(messages))
-            reuse(cache, ids)
             try:
-                run = Generation(model, tokenizer, ids, params.max_tokens, params.stop,
-                                 stop_ids(params, tokenizer), sample=Sampler(params, ids), cache=cache)
+                text = reply(llm.stream(tokenizer.apply_chat_template(messages), params))
             except BadInput as error:   # the conversation has outgrown the context
                 print(f'{error}; /reset forgets it', file=sys.stderr)
                 messages.pop()
                 continue
-            say(run)
-            messages.append({'role': 'assistant', 'content': run.text})
+            messages.append({'role': 'assistant', 'content': text})
 
 
 def read_line() -> str:
@@ -258,47 +321,44 @@ def read_line() -> str:
         return '/exit'
 
 
-def say(run) -> None:
-    "Print an answer as it comes; Ctrl-C ends the answer, not the program."
+def reply(stream) -> str:
+    "Print an answer and return it; Ctrl-C ends the answer, not the program."
+    text = ''
     try:
-        for piece in run:
-            print(piece, end='', flush=True)
+        for out in spoken(stream):
+            text = out.outputs[0].text
     except KeyboardInterrupt:
         print(' ...', end='')
     print()
+    return text
 
 
 def bench(args) -> None:
-    "`tinyvllm bench`: measure a rung, store the row, print it beside the others."
+    "`tinyvllm bench`: measure a rung, store its rows, print them beside the others."
     from importlib.resources import files
-    from tqdm import trange
-    from tinyvllm.generate import generate, same_greedy
-    from tinyvllm.kvcache import KVCache
-    from tinyvllm.llama import NoCache, kv_bytes, weight_bytes
-    from tinyvllm.measure import append_row, ladder_row, ladder_table, measure_stream, read_rows
+    from tinyvllm.bench import Workload, measure_rung
+    from tinyvllm.measure import append_row, ladder_table, read_rows
     check_counts(args)
-    model, tokenizer = load(args)
-    ids = tokenizer.encode(BENCH_TEXT * args.prompt_tokens)[:args.prompt_tokens]
-    room = len(ids) + args.tokens
-    notebook, cache = {'01': ('01_greedy', NoCache),
-                       '01b': ('01b_kvcache', lambda: KVCache(model, room))}[args.rung]
-    runs = [measure_stream(lambda: generate(model, ids, args.tokens, cache=cache()))
-            for _ in trange(1 + args.repeat, desc='runs', unit='run')][1:]   # the first compiles
-    row = ladder_row(runs, weight_bytes(model), kv_bytes(model) * room, rung=args.rung, notebook=notebook,
-                     model=os.path.basename(args.model.rstrip('/')), dtype=model.dtype,
-                     workload=f'{len(ids)}+{args.tokens}',
-                     greedy_equal=same_greedy(model, ids, runs[0].tokens))
     stored, path = read_rows(files('tinyvllm') / 'data/ladder.jsonl'), args.ladder or ladder_path()
-    append_row(path, row)
-    print(ladder_table([*stored, row]))
-    print(f'the last row is yours; it was added to {path}', file=sys.stderr)
+    model, _ = load(args)
+    name, rows = os.path.basename(args.model.rstrip('/')), []
+    for n in args.requests:
+        work = Workload(args.prompt_tokens, args.tokens, n)
+        rows.append(measure_rung(args.rung, model, work, args.repeat, name))
+        append_row(path, rows[-1])
+    print(ladder_table([*stored, *rows]))
+    print(f'{"the last row is" if len(rows) == 1 else f"the last {len(rows)} rows are"} yours, added to {path}',
+          file=sys.stderr)
 
 
 def check_counts(args) -> None:
-    "Refuse a measurement of nothing; raises `BadInput`."
-    for name, least in (('prompt_tokens', 1), ('tokens', 2), ('repeat', 1)):
-        if getattr(args, name) < least:
-            raise BadInput(f'--{name.replace("_", "-")} is {getattr(args, name)}; use {least} or more')
+    "Refuse a measurement of nothing, or of several requests on a rung for one; raises `BadInput`."
+    counts = [('prompt_tokens', args.prompt_tokens, 1), ('tokens', args.tokens, 2), ('repeat', args.repeat, 1)]
+    for name, value, least in counts + [('requests', n, 1) for n in args.requests]:
+        if value < least:
+            raise BadInput(f'--{name.replace("_", "-")} is {value}; use {least} or more')
+    if args.rung != '04a' and max(args.requests) > 1:
+        raise BadInput(f'rung {args.rung} answers one request at a time; --requests above 1 needs --rung 04a')
 
 
 def ladder_path() -> Path:
@@ -347,8 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command != 'pull':
             use_device(args.device)
-        args.run(args)
-        return 0
+        return args.run(args) or 0
     except BrokenPipeError:   # `tinyvllm ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
