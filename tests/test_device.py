@@ -203,3 +203,20 @@ def test_cache_folder(monkeypatch):
     assert device.cache_dir() == Path('/x/tinyvllm')
     monkeypatch.setattr(sys, 'platform', 'darwin')
     assert device.cache_dir() == Path.home() / 'Library/Caches/tinyvllm'
+
+
+def test_kernels_compile_in_any_thread():
+    script = """if True:
+        import threading
+        from tinyvllm.device import allow_threads
+        from tinygrad import Tensor
+        assert (Tensor([1, 2]) + 1).tolist() == [2, 3]
+        allow_threads(); allow_threads()
+        said = []
+        for n in (3, 4):
+            thread = threading.Thread(target=lambda: said.append((Tensor([n, 5, 6]) * n).tolist()))
+            thread.start(); thread.join()
+        said.append((Tensor([1, 2, 3, 4]) - 9).sum().item())
+        print(said)"""
+    run = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == '[[9, 15, 18], [16, 20, 24], -26]', run.stderr

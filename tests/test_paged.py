@@ -13,7 +13,7 @@ from tinyvllm.blocks import BlockManager
 from tinyvllm.errors import BadInput
 from tinyvllm.llama import Llama, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
-from tinyvllm.paged import (EagerRunner, EngineArgs, PagedBatch, PagedKVCache, activation_bytes, device_memory,
+from tinyvllm.paged import (EagerRunner, EngineArgs, PagedBatch, PagedKVCache, activation_bytes, free_memory,
                             paged_attend, pool_blocks, stored)
 from tinyvllm.sampling import SamplingParams
 from tinyvllm.scheduler import Batch, Scheduler, Sequence
@@ -134,25 +134,23 @@ def test_pool_is_sized_by_what_is_free(model, monkeypatch):
     block, args = 16 * kv_bytes(model), EngineArgs(max_num_seqs=4)
     reserve = activation_bytes(model.config, args)
 
-    def with_memory(total, free, **change):
-        monkeypatch.setattr(paged, 'device_memory', lambda device: (total, free))
+    def with_memory(free, **change):
+        monkeypatch.setattr(paged, 'free_memory', lambda device: free)
         return pool_blocks(model, EngineArgs(max_num_seqs=4, **change))
-    assert with_memory(10**9, 10**9) == 4 * 256 // 16 + 1            # no more than four contexts
-    total = 10 * (reserve + 20 * block)
-    free = total // 10 + reserve + 20 * block                        # nine tenths of all: 20 blocks are left
-    assert with_memory(total, free) == 20
-    assert with_memory(total, free, gpu_memory_utilization=1.0) > 20
-    assert with_memory(total, free, num_blocks=7) == 7
-    for change in (dict(num_blocks=21), dict(gpu_memory_utilization=0.5), dict(max_num_batched_tokens=4096)):
+    assert with_memory(10**9) == 4 * 256 // 16 + 1            # no more than four contexts
+    free = -(-(reserve + 20 * block) * 10 // 9)               # nine tenths of it: 20 blocks are left
+    assert with_memory(free) == 20
+    assert with_memory(free, gpu_memory_utilization=1.0) > 20
+    assert with_memory(free, num_blocks=7) == 7
+    for change in (dict(num_blocks=22), dict(gpu_memory_utilization=0.5), dict(max_num_batched_tokens=4096)):
         with pytest.raises(BadInput, match='GB free'):
-            with_memory(total, free, **change)
+            with_memory(free, **change)
 
 
 def test_memory_of_a_card_is_read_from_nvidia_smi(monkeypatch):
-    monkeypatch.setattr(subprocess, 'check_output', lambda command, text: '81559, 80000\n24564, 100\n')
-    assert device_memory('CUDA') == (81559 * 2**20, 80000 * 2**20)
-    total, free = device_memory('CPU')
-    assert 0 < free <= total
+    monkeypatch.setattr(subprocess, 'check_output', lambda command, text: '80000\n100\n')
+    assert free_memory('CUDA') == 80000 * 2**20
+    assert free_memory('CPU') > 0
 
 
 STEP = '''

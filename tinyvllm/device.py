@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -179,6 +180,25 @@ def stamp(compiler: str) -> str:
 def short_hash(text: str) -> str:
     "Twelve hex digits that stand for `text` in a file name."
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def allow_threads() -> None:
+    """Let more than one thread run kernels, one at a time.
+
+    tinygrad looks compiled kernels up through one SQLite connection, and SQLite lets only the
+    thread that opened a connection use it. From here on each thread opens its own.
+    """
+    from tinygrad import helpers
+    open_connection, local, lock = helpers.db_connection, threading.local(), threading.Lock()
+
+    def db_connection():
+        if not hasattr(local, 'connection'):
+            with lock:
+                helpers._db_connection = None
+                local.connection = open_connection()
+        return local.connection
+    helpers.db_connection = db_connection
 
 
 def cpu_facts() -> str:

@@ -20,7 +20,7 @@ from .sampling import Sampled
 from .scheduler import Batch, Sequence
 
 # %% auto #0
-__all__ = ['CPU_POOL', 'stored', 'PagedKVCache', 'PagedBatch', 'paged_attend', 'sampled', 'EagerRunner', 'device_memory',
+__all__ = ['CPU_POOL', 'stored', 'PagedKVCache', 'PagedBatch', 'paged_attend', 'sampled', 'EagerRunner', 'free_memory',
            'EngineArgs', 'activation_bytes', 'pool_blocks']
 
 # %% ../nbs/04_blocks.ipynb #b9e4f737
@@ -168,26 +168,22 @@ class EagerRunner:
         return [sampled(seq, logits[i]) if batch.speaks(i) else []
                 for i, seq in enumerate(batch.seqs)]
 
-# %% ../nbs/04_blocks.ipynb #3dec811c
-def device_memory(
+# %% ../nbs/04_blocks.ipynb #68a897ea
+def free_memory(
     device: str, # tinygrad's name
-) -> tuple[int, int]: # bytes in all, bytes free
-    "What the device has: the card's memory for CUDA, else the machine's."
-    if device.startswith(('CUDA', 'NV')):
-        query = '--query-gpu=memory.total,memory.free', '--format=csv,noheader,nounits'
-        lines = subprocess.check_output(['nvidia-smi', *query], text=True).splitlines()
-        total, free = (int(mib) * 2**20 for mib in lines[0].split(','))
-        return total, free
-    memory = psutil.virtual_memory()
-    return memory.total, memory.available
+) -> int: # bytes
+    "Memory that is left, on the card for CUDA, else on the machine."
+    if not device.startswith(('CUDA', 'NV')): return psutil.virtual_memory().available
+    query = 'nvidia-smi', '--query-gpu=memory.free', '--format=csv,noheader,nounits'
+    return int(subprocess.check_output(query, text=True).split()[0]) * 2**20
 
-# %% ../nbs/04_blocks.ipynb #85d30e7f
+# %% ../nbs/04_blocks.ipynb #b2406df4
 @dataclass(frozen=True)
 class EngineArgs:
     "How large an engine is, under vLLM's names. Raises `BadInput`."
     num_blocks: int | None = None   # of the pool, with block 0; None: as many as fit
     block_size: int = 16            # tokens per block
-    gpu_memory_utilization: float = 0.9   # share of the device's memory for everything
+    gpu_memory_utilization: float = 0.9   # share of the free memory for the pool and a step
     max_num_seqs: int = 256         # most sequences that run at once
     max_num_batched_tokens: int = 512   # most tokens of one step
     max_model_len: int | None = None    # longest sequence; None: the model's context
@@ -221,7 +217,7 @@ def activation_bytes(
     scores = 3 * c.num_attention_heads * c.max_position_embeddings
     return 4 * (T * (width + scores) + 3 * min(R, T) * c.vocab_size)
 
-# %% ../nbs/04_blocks.ipynb #38caf653
+# %% ../nbs/04_blocks.ipynb #ba89602b
 CPU_POOL = 2**31   # bytes; a computer's memory is not ours alone
 
 def pool_blocks(
@@ -230,9 +226,8 @@ def pool_blocks(
 ) -> int: # blocks, with block 0
     "Size the pool by what the device has left. Raises `BadInput` where that is too little."
     config, device = args.config(model), model.embedding.device.split(':')[0]
-    total, free = device_memory(device)
-    room = int(args.gpu_memory_utilization * total) - (total - free)
-    room = max(0, room - activation_bytes(config, args))
+    free = free_memory(device)
+    room = max(0, int(args.gpu_memory_utilization * free) - activation_bytes(config, args))
     cap = min(room, CPU_POOL) if device == 'CPU' else room
     block = kv_bytes(model) * args.block_size
     useful = args.max_num_seqs * -(-config.max_position_embeddings // args.block_size) + 1
