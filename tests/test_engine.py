@@ -259,7 +259,21 @@ def test_a_bad_prompt_ends_alone_and_a_bad_call_before_anything_runs(model):
         llm.generate([1], {'max_tokens': 3}, use_tqdm=False)
     with pytest.raises(BadInput, match='chat template'):
         llm.chat([{'role': 'user', 'content': 'x'}])
+    with pytest.raises(BadInput, match='messages are a list'):
+        LLM(model, Letters(), num_blocks=16).chat({'role': 'user', 'content': 'x'})
     assert all_free(llm)
+
+
+def test_chat_writes_conversations_out_by_the_template(model):
+    class Chatty(Letters):
+        def apply_chat_template(self, messages, **more): return ''.join(m['content'] for m in messages) + more.get('end', '')
+    llm = LLM(model, Chatty(), num_blocks=16)
+    turns = [{'role': 'user', 'content': 'ab'}, {'role': 'assistant', 'content': 'c'}]
+    one = llm.chat(turns, greedy(3), use_tqdm=False, end='d')
+    two = llm.chat([turns, turns[:1]], [greedy(3), greedy(2)], False)
+    assert [out.prompt for out in one + two] == ['abcd', 'abc', 'ab']
+    assert [len(out.outputs[0].token_ids) for out in one + two] == [3, 3, 2]
+    assert is_greedy(model, [0, 1, 2, 3], one[0].outputs[0].token_ids)
 
 
 def test_max_tokens_is_clipped_to_the_context(model):

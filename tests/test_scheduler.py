@@ -512,7 +512,7 @@ def test_a_preempted_child_shares_again():
 def test_admission():
     scheduler = Rig(blocks=5)    # 16 slots
     for n, new in ((17, 1), (16, 2), (1, 17), (5, 13)):
-        with pytest.raises(BadInput, match=f'may need {n + new - 1} tokens, and the pool holds 16'):
+        with pytest.raises(BadInput, match=f'may need {n + new - 1} tokens, the pool holds 16'):
             scheduler.add(request('a', n, new))
     for id, (n, new) in enumerate([(16, 1), (15, 2), (1, 16)]): scheduler.add(request(id, n, new))
     with pytest.raises(BadInput, match='request id 1 is in use'): scheduler.add(request(1))

@@ -274,7 +274,7 @@ def as_params(
     if len(params) != n: raise BadInput(f'{n} prompts came with {len(params)} sampling params')
     return list(params)
 
-# %% ../nbs/04a_engine.ipynb #f78a2306
+# %% ../nbs/04a_engine.ipynb #330ad938
 def as_chats(
     messages: list, # of dicts, or of conversations
     tokenizer: Tokenizer | None, # has the chat template
@@ -282,6 +282,8 @@ def as_chats(
 ) -> list[str]: # prompts
     "Write conversations out by the model's chat template. Raises `BadInput`."
     if tokenizer is None: raise BadInput('the engine has no tokenizer, hence no chat template')
+    if not isinstance(messages, list): raise BadInput(
+        f'messages are a list of role and content, or of such lists, not {type(messages).__name__}')
     chats = [messages] if messages and isinstance(messages[0], dict) else messages
     return [tokenizer.apply_chat_template(chat, **template) for chat in chats]
 
@@ -338,7 +340,7 @@ class Batcher:
         finally:
             for id in mine: self.engine.abort(id)
 
-# %% ../nbs/04a_engine.ipynb #850520d3
+# %% ../nbs/04a_engine.ipynb #77747f0e
 class LLM:
     "A model that answers."
     def __init__(self,
@@ -363,9 +365,10 @@ class LLM:
         raise_or_warn(outputs)
         return outputs
 
-    def chat(self, messages: list, *args, **template) -> list[RequestOutput]:
-        "Answer a list of `{'role': ..., 'content': ...}`, or several; the rest as for `generate`."
-        return self.generate(as_chats(messages, self.engine.tokenizer, template), *args)
+    def chat(self, messages: list, sampling_params=None, use_tqdm: bool = True, **template):
+        "Answer a list of `{'role': ..., 'content': ...}`, or several; as `generate` does."
+        prompts = as_chats(messages, self.engine.tokenizer, template)
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt, sampling_params=None) -> Iterator[RequestOutput]:
         "Answer one prompt; yields its output each time it has grown. Raises `BadInput`."

@@ -217,8 +217,8 @@ def activation_bytes(
     scores = 3 * c.num_attention_heads * c.max_position_embeddings
     return 4 * (T * (width + scores) + 3 * min(R, T) * c.vocab_size)
 
-# %% ../nbs/04_blocks.ipynb #ba89602b
-CPU_POOL = 2**31   # bytes; a computer's memory is not ours alone
+# %% ../nbs/04_blocks.ipynb #1c12b743
+CPU_POOL = 2**30   # bytes; a computer's memory is not ours alone, and filling it takes time
 
 def pool_blocks(
     model: Llama, # on its device

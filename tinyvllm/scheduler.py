@@ -125,7 +125,7 @@ class Roster:
         seq.status, seq.finish_reason = Status.FINISHED, reason
         self.ended.append(self.sequences.pop(seq.id))
 
-# %% ../nbs/03_batching.ipynb #29e0dfd5
+# %% ../nbs/03_batching.ipynb #ab9705b9
 class Reception(Roster):
     "Where requests come in, and may leave early."
     def add(self, seq: Sequence) -> None:
@@ -134,8 +134,8 @@ class Reception(Roster):
         most = seq.num_prompt + seq.params.max_tokens - 1    # the last token is never computed
         pool = (len(self.blocks.pool.blocks) - 1) * self.blocks.block_size
         if most > pool:
-            raise BadInput(f'request {seq.id!r} may need {most} tokens, and the pool holds {pool}; '
-                           'shorten the prompt, lower max_tokens, or give the engine more blocks')
+            raise BadInput(f'the request may need {most} tokens, the pool holds {pool}; shorten '
+                           'the prompt, lower max_tokens, or give the engine more blocks')
         self.enter(seq)
         if not seq.params.max_tokens: self.finish(seq, 'length')
 
