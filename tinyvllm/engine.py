@@ -340,7 +340,7 @@ class Batcher:
         finally:
             for id in mine: self.engine.abort(id)
 
-# %% ../nbs/04a_engine.ipynb #77747f0e
+# %% ../nbs/04a_engine.ipynb #68945285
 class LLM:
     "A model that answers."
     def __init__(self,
@@ -359,8 +359,7 @@ class LLM:
         prompts = as_prompts(prompts)
         params = as_params(sampling_params, len(prompts))
         outputs = [self.batcher.add(*request) for request in zip(prompts, params)]
-        with tqdm(total=len(outputs), desc='requests', disable=not use_tqdm) as bar:
-            bar.update(sum(out.finished for out in outputs))    # refused ones
+        with tqdm(total=sum(not o.finished for o in outputs), disable=not use_tqdm) as bar:
             for out in self.batcher.run(outputs): bar.update(out.finished)
         raise_or_warn(outputs)
         return outputs
