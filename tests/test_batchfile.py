@@ -10,7 +10,7 @@ from itertools import count
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from test_cli import folder, in_process  # noqa: F401  (folder is a fixture)
+from test_cli import in_process
 
 from tinyvllm.batchfile import HELD, BatchRun, as_line, run_batch
 from tinyvllm.blocks import BlockManager

@@ -24,7 +24,7 @@ def ceil(n, size): return -(-n // size)
 
 def in_line(line):
     "Ids of the free blocks, first to last; the links must agree in both directions."
-    ids, back, block = [], [], line.ring
+    ids, block = [], line.ring
     for _ in range(len(line) + 1):
         assert block.after.before is block and block.before.after is block
         block = block.after

@@ -17,24 +17,6 @@ from tinyvllm.tokenizer import load_tokenizer
 from tinyvllm.weights import resolve, save_safetensors, tiny_checkpoint
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A tiny model in Hugging Face layout, with a tokenizer that has a chat template."
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    folder = tmp_path_factory.mktemp('tiny')
-    save_safetensors(folder, *tiny_checkpoint(seed=0))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {c: i for i, c in enumerate(alphabet)}
-    tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.add_special_tokens(['<eos>'])
-    tok.save(str(folder / 'tokenizer.json'))
-    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
-    (folder / 'tokenizer_config.json').write_text(json.dumps(
-        {'eos_token': '<eos>', 'chat_template': template}))
-    return folder
-
-
 def tinyvllm(*args, **options):
     options = dict(capture_output=True, text=True, timeout=300) | options
     return subprocess.run([sys.executable, '-m', 'tinyvllm', *map(str, args)], **options)

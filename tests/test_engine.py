@@ -130,7 +130,7 @@ def test_chunks_samples_and_aborts_at_full_size(deep, budget):
 
 def test_16_requests_on_smollm2_in_a_small_pool_say_the_goldens():
     smollm, tokenizer = load_model(resolve('smollm2'), dtype='float32'), load_tokenizer(resolve('smollm2'))
-    llm = LLM(smollm, tokenizer, num_blocks=32, max_num_batched_tokens=64)
+    llm = LLM(smollm, tokenizer, num_blocks=16, max_num_batched_tokens=64)
     prompts = [g['prompt'] for g in GOLDEN] + [g['prompt_ids'] + g['greedy_ids'][:i] for i, g in enumerate(GOLDEN[:6])]
     lengths = [6 + 2 * (i % 4) for i in range(16)]
     outputs = llm.generate(prompts, [greedy(n) for n in lengths], use_tqdm=False)

@@ -1,5 +1,4 @@
 "The model against Hugging Face transformers, and against itself."
-import json
 from dataclasses import replace
 import numpy as np
 import pytest

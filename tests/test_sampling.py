@@ -439,6 +439,7 @@ BAD = {
     "stop_token_ids": [5, [-1], [1.0], ["1"], None, [True], "12"],
     "ignore_eos": [1, 0, None, "true"],
     "logprobs": [-1, 21, 1.0, "1", True, NAN],
+    "n": [0, -1, 1.5, "2", None, True, NAN],
 }
 
 
@@ -461,8 +462,8 @@ def test_long_and_multiline_values_stay_one_line():
 
 
 def test_good_parameters_at_the_edges():
-    p = SamplingParams(0, 0, -1, 1, 1, 1e-9, -2, 2, -2**63, "x", [3, np.int64(4)], True, 20)
-    assert p.stop == ("x",) and p.stop_token_ids == (3, 4) and p.greedy
+    p = SamplingParams(3, 0, 0, -1, 1, 1, 1e-9, -2, 2, -2**63, "x", [3, np.int64(4)], True, 20)
+    assert p.n == 3 and p.stop == ("x",) and p.stop_token_ids == (3, 4) and p.greedy
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b") and SamplingParams().stop == ()
     q = SamplingParams(temperature=np.float32(0.5), top_k=np.int32(7), seed=np.int64(2))
     assert q == SamplingParams(temperature=0.5, top_k=7, seed=2)
@@ -480,6 +481,6 @@ def test_params_are_a_frozen_hashable_record():
 
 def test_defaults_are_vllms():
     p = SamplingParams()
-    assert (p.max_tokens, p.temperature, p.top_k, p.top_p, p.min_p) == (16, 1.0, 0, 1.0, 0.0)
+    assert (p.n, p.max_tokens, p.temperature, p.top_k, p.top_p, p.min_p) == (1, 16, 1.0, 0, 1.0, 0.0)
     assert (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) == (1.0, 0.0, 0.0)
     assert (p.seed, p.stop, p.stop_token_ids, p.ignore_eos, p.logprobs) == (None, (), (), False, None)

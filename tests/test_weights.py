@@ -1,18 +1,15 @@
 "Readers, loaders and the tiny model, against the safetensors and gguf libraries."
 import json
-import os
-import resource
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
 from gguf.quants import dequantize, quantize
-from tinygrad import Tensor, dtypes
+from tinygrad import dtypes
 
 from tinyvllm import weights
 from tinyvllm.errors import BadInput
