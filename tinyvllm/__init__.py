@@ -4,8 +4,10 @@ __version__ = "0.1.0"
 from importlib import import_module as _import_module
 
 from tinyvllm.device import setup as _setup
+from tinyvllm.metalsim import install as _install_metal
 
 _setup()
+_install_metal()
 
 _HOMES = {'LLM': 'engine', 'LLMEngine': 'engine', 'AsyncEngine': 'engine', 'RequestOutput': 'engine',
           'CompletionOutput': 'engine', 'SamplingParams': 'sampling', 'BadInput': 'errors'}

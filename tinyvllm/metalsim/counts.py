@@ -1,0 +1,82 @@
+"What kernels did: which ran, on how many threads, and what they read and wrote of each buffer."
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+
+class Traffic(NamedTuple):
+    "Accesses to device memory; those of one vector, such as a `float4`, are one."
+    reads: int = 0
+    writes: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+    def __add__(self, other: 'Traffic') -> 'Traffic':
+        return Traffic(*map(sum, zip(self, other)))
+
+    @property
+    def bytes(self) -> int:
+        "Read and written."
+        return self.bytes_read + self.bytes_written
+
+
+@dataclass
+class Dispatch:
+    "One kernel that has run; without checks, nobody has counted its traffic."
+    name: str
+    grid: tuple[int, int, int]  # threadgroups
+    threads: tuple[int, int, int]  # in one of them
+    buffers: dict[str, Traffic] = field(default_factory=dict)  # by parameter; without `constant T&`
+
+    @property
+    def num_threads(self) -> int:
+        "In all threadgroups."
+        return prod(self.grid) * prod(self.threads)
+
+    @property
+    def total(self) -> Traffic:
+        "Over all buffers."
+        return sum(self.buffers.values(), Traffic())
+
+
+class Counts(list[Dispatch]):
+    "The dispatches of a `with counting()` block, in order."
+
+    def __init__(self):
+        super().__init__()
+        self.graphs: list[int] = []  # how many kernels each graph call had
+
+    @property
+    def total(self) -> Traffic:
+        "Over all dispatches."
+        return sum((d.total for d in self), Traffic())
+
+
+_open: list[Counts] = []
+
+
+@contextmanager
+def counting() -> Iterator[Counts]:
+    "`with counting() as counts:` and afterwards `counts[0].total.reads`, `counts.total.bytes`."
+    counts = Counts()
+    _open.append(counts)
+    try:
+        yield counts
+    finally:
+        _open[:] = [c for c in _open if c is not counts]
+
+
+def note(dispatch: Dispatch) -> None:
+    "A kernel has run."
+    for counts in _open:
+        counts.append(dispatch)
+
+
+def note_graph(
+    kernels: int, # that it replays
+) -> None:
+    "A graph is called."
+    for counts in _open:
+        counts.graphs.append(kernels)

@@ -1,0 +1,196 @@
+"Kernels from Metal source, run on numpy arrays or on raw addresses."
+import ctypes
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from tinyvllm.metalsim import checks
+from tinyvllm.metalsim.compiler import MetalError, library, runtime
+from tinyvllm.metalsim.counts import Dispatch, Traffic, note
+from tinyvllm.metalsim.source import Parameter, Signature, needs_fibers, signatures
+
+# numpy's names for the types that a `constant T&` may have.
+DTYPES = {'int': 'i4', 'int32_t': 'i4', 'uint': 'u4', 'uint32_t': 'u4', 'long': 'i8', 'int64_t': 'i8', 'ulong': 'u8',
+          'uint64_t': 'u8', 'short': 'i2', 'ushort': 'u2', 'char': 'i1', 'uchar': 'u1', 'bool': 'u1',
+          'half': 'f2', 'float': 'f4'}
+RED_ZONE, RED = 4096, 0xA5  # bytes kept free on both sides of an array, and what they hold
+RACE_LIMIT = 1 << 24  # buffers above it have no access history: that takes 28 bytes for each byte
+DYNAMIC = 8  # threadgroup parameters: [[threadgroup(0)]] to [[threadgroup(7)]]
+LOCK = threading.Lock()  # the runtime is one machine: one dispatch at a time
+
+
+class Binding(ctypes.Structure):
+    "A buffer as rt.cpp sees it."
+    _fields_ = [('ptr', ctypes.c_void_p), ('size', ctypes.c_uint64), ('name', ctypes.c_char_p),
+                ('writable', ctypes.c_int), ('race', ctypes.c_int),
+                *((name, ctypes.c_uint64) for name in Traffic._fields)]
+
+
+class Launch(ctypes.Structure):
+    "The arguments of `msl_launch` in rt.cpp."
+    _fields_ = [('entry', ctypes.c_void_p), ('buffers', ctypes.c_void_p), ('bindings', ctypes.c_void_p),
+                ('count', ctypes.c_uint), ('ntg', ctypes.c_uint * 3), ('tgsz', ctypes.c_uint * 3),
+                ('order', ctypes.c_int), ('check', ctypes.c_int), ('strict', ctypes.c_int), ('fill', ctypes.c_int),
+                ('seed', ctypes.c_uint64), ('dynamic', ctypes.c_uint32 * DYNAMIC),
+                ('image_lo', ctypes.c_void_p), ('image_hi', ctypes.c_void_p)]
+
+
+class Library:
+    "The kernels of one source, compiled and loaded: `Library(source)['name']` is a kernel."
+
+    def __init__(self,
+        source: str, # Metal
+        check: bool = True, # look at every read and write, or run as fast as it goes
+        name: str = 'kernel.metal', # of the source, for messages
+    ):
+        self.source, self.check, self.name = source, check, name
+        self.flat = not check and not needs_fibers(source)
+        runtime()  # kernels find its functions when they are loaded
+        self.path = library(source, check, self.flat, name)
+        self.code = ctypes.CDLL(str(self.path))
+        self.signatures = {k.name: k for k in signatures(source)}
+        self.image = image_of(self.path)
+
+    def __getitem__(self, name: str) -> 'Kernel':
+        if name not in self.signatures:
+            raise MetalError(f"{self.name} has no kernel '{name}'; it has {', '.join(self.signatures) or 'none'}")
+        return Kernel(self, self.signatures[name])
+
+    def where(self,
+        pc: int, # an address in the code, or 0
+    ) -> str: # such as ` at kernel.metal:12`, or nothing without binutils
+        "The line of the source that an address belongs to."
+        tool = shutil.which('addr2line') or shutil.which('llvm-addr2line')
+        if not pc or not tool:
+            return ''
+        run = subprocess.run([tool, '-e', str(self.path), hex(pc - self.image[0] - 1)], capture_output=True, text=True)
+        place = Path(run.stdout.strip().split(' (')[0]).name
+        return f' at {place}' if place and '?' not in place else ''
+
+
+class Kernel:
+    "One kernel: call it on numpy arrays, `launch` it on addresses, or `verify` it."
+
+    def __init__(self,
+        library: Library, # it belongs to
+        signature: Signature, # its parameters
+    ):
+        self.library, self.signature, self.name = library, signature, signature.name
+        self.slots = signature.slots
+
+    def __call__(self,
+        args: list, # numpy arrays, written in place, and numbers for `constant T&`
+        grid: Sequence[int], # threadgroups, up to three numbers
+        threads: Sequence[int], # in a threadgroup
+        **how, # see `launch`
+    ) -> None:
+        "Run it. In check mode the arrays live between red zones meanwhile."
+        if len(args) != len(self.slots):
+            raise MetalError(f'{self.name} takes {len(self.slots)} buffers, got {len(args)}')
+        arrays = [self.array(self.parameter(i), value) for i, value in enumerate(args)]
+        lent = [in_red_zone(a) if self.library.check else a for a in arrays]
+        self.launch([a.ctypes.data for a in lent], [a.nbytes for a in arrays], grid, threads, **how)
+        for i, (array, copy) in enumerate(zip(arrays, lent)):
+            if self.slots[i].writable and copy is not array:
+                array[...] = copy
+
+    def parameter(self, index: int) -> Parameter:
+        "What the buffer `index` is bound to."
+        if index not in self.slots:
+            raise MetalError(f'{self.name}: no parameter has [[buffer({index})]]')
+        return self.slots[index]
+
+    def array(self,
+        parameter: Parameter, # what it is bound to
+        value, # a numpy array, or a number
+    ) -> np.ndarray:
+        "A number as an array of the parameter's type; an array as it is."
+        if not isinstance(value, np.ndarray):
+            return np.array([value], DTYPES[parameter.scalar])
+        if not value.flags.c_contiguous:
+            raise MetalError(f"{self.name}: the array for '{parameter.name}' is not contiguous")
+        return value
+
+    def launch(self,
+        addresses: list[int], # by buffer index
+        sizes: list[int], # in bytes
+        grid: Sequence[int], # threadgroups
+        threads: Sequence[int], # in a threadgroup
+        order: int = 0, # of the threads: 0 forwards, 1 backwards, 2 shuffled, 3 interleaved too
+        fill: int = 0xff, # byte that fresh threadgroup memory is full of
+        seed: int = 1, # of the shuffling
+        strict: bool = True, # lanes that have returned may not miss a collective
+        dynamic: Sequence[int] = (), # bytes for [[threadgroup(0)]], [[threadgroup(1)]], ...
+    ) -> None:
+        "Run it on memory that is there; raises `MetalError`."
+        grid, threads = three(grid), three(threads)
+        if prod(threads) > self.signature.max_threads:
+            raise MetalError(f'{self.name}: {prod(threads)} threads, '
+                             f'max_total_threads_per_threadgroup is {self.signature.max_threads}')
+        buffers = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
+        if self.library.flat:
+            with LOCK:
+                self.function('flat')(buffers, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*threads))
+            return note(Dispatch(self.name, grid, threads))
+        bindings = (Binding * max(1, len(addresses)))(*map(self.binding, range(len(addresses)), addresses, sizes))
+        dynamic = (ctypes.c_uint32 * DYNAMIC)(*dynamic)
+        entry = ctypes.cast(self.function('entry'), ctypes.c_void_p)
+        self.run(Launch(entry, ctypes.addressof(buffers), ctypes.addressof(bindings), len(addresses), grid, threads,
+                        order, self.library.check, strict, fill, seed, dynamic, *self.library.image))
+        note(Dispatch(self.name, grid, threads, self.traffic(bindings)))
+
+    def run(self, launch: Launch) -> None:
+        "One dispatch; what the runtime complains about is raised."
+        machine = runtime()
+        with LOCK:
+            if machine.msl_launch(ctypes.byref(launch)):
+                message, pc = machine.msl_error().decode(), machine.msl_error_pc()
+                raise MetalError(f'{self.name}: {message}{self.library.where(pc)}')
+
+    def traffic(self, bindings: ctypes.Array) -> dict[str, Traffic]:
+        "What each buffer saw, by the parameter's name; numbers (`constant T&`) are no buffers."
+        if not self.library.check:
+            return {}
+        return {p.name: Traffic(*(getattr(bindings[i], field) for field in Traffic._fields))
+                for i, p in self.slots.items() if not p.is_reference}
+
+    def function(self, kind: str):
+        "Its entry point: `entry` runs one thread, `flat` runs them all."
+        return getattr(self.library.code, f'msl_{kind}_{self.name}')
+
+    def binding(self, index: int, address: int, size: int) -> Binding:
+        "One buffer for the runtime: its name, and whether it may be written and raced for."
+        parameter = self.slots.get(index)
+        writable = parameter is not None and parameter.writable
+        return Binding(address, size, parameter.name.encode() if parameter else b'?', writable,
+                       writable and size <= RACE_LIMIT)
+
+    def verify(self, args: list, grid: Sequence[int], threads: Sequence[int], outs: list[int], **how) -> None:
+        "Run it in several orders of its threads: see `checks.verify`."
+        checks.verify(self, args, grid, threads, outs, **how)
+
+
+def three(numbers: Sequence[int]) -> tuple[int, int, int]:
+    "Three launch sizes: those that are missing are 1."
+    return tuple(map(int, (*numbers, 1, 1)[:3]))
+
+
+def in_red_zone(array: np.ndarray) -> np.ndarray:
+    "A copy of the array with bytes on both sides that belong to nobody; aligned to 16."
+    space = np.full(array.nbytes + 2 * RED_ZONE + 64, RED, np.uint8)
+    start = RED_ZONE - (space.ctypes.data + RED_ZONE) % 16 + 16
+    copy = space[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def image_of(path: Path) -> tuple[int, int]:
+    "The first and the last address at which a shared object is loaded."
+    spans = re.findall(rf'^(\w+)-(\w+) .*{re.escape(str(path.resolve()))}(?: .deleted.)?$', Path('/proc/self/maps').read_text(), re.M)
+    return int(spans[0][0], 16), int(spans[-1][1], 16)
