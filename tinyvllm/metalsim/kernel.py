@@ -1,8 +1,6 @@
 "Kernels from Metal source, run on numpy arrays or on raw addresses."
 import ctypes
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Sequence
 from math import prod
@@ -13,6 +11,7 @@ import numpy as np
 from tinyvllm.metalsim import checks
 from tinyvllm.metalsim.compiler import MetalError, library, runtime
 from tinyvllm.metalsim.counts import Dispatch, Traffic, note
+from tinyvllm.metalsim.lines import line_of
 from tinyvllm.metalsim.source import Parameter, Signature, needs_fibers, signatures
 
 # numpy's names for the types that a `constant T&` may have.
@@ -64,14 +63,11 @@ class Library:
 
     def where(self,
         pc: int, # an address in the code, or 0
-    ) -> str: # such as ` at kernel.metal:12`, or nothing without binutils
+        line: int, # if the runtime knows it, else 0
+    ) -> str: # such as ` at kernel.metal:12`
         "The line of the source that an address belongs to."
-        tool = shutil.which('addr2line') or shutil.which('llvm-addr2line')
-        if not pc or not tool:
-            return ''
-        run = subprocess.run([tool, '-e', str(self.path), hex(pc - self.image[0] - 1)], capture_output=True, text=True)
-        place = Path(run.stdout.strip().split(' (')[0]).name
-        return f' at {place}' if place and '?' not in place else ''
+        line = line or (pc and line_of(self.path, pc - self.image[0] - 1))
+        return f' at {self.name}:{line}' if line else ''
 
 
 class Kernel:
@@ -150,8 +146,8 @@ class Kernel:
         machine = runtime()
         with LOCK:
             if machine.msl_launch(ctypes.byref(launch)):
-                message, pc = machine.msl_error().decode(), machine.msl_error_pc()
-                raise MetalError(f'{self.name}: {message}{self.library.where(pc)}')
+                place = self.library.where(machine.msl_error_pc(), machine.msl_error_line())
+                raise MetalError(f'{self.name}: {machine.msl_error().decode()}{place}')
 
     def traffic(self, bindings: ctypes.Array) -> dict[str, Traffic]:
         "What each buffer saw, by the parameter's name; numbers (`constant T&`) are no buffers."

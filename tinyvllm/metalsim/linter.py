@@ -4,7 +4,9 @@ Three looks: words that the language lacks; declarations without an address spac
 with numbered address spaces, where mixing them is an error and a cast between them leaves a trace.
 """
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from tinyvllm.metalsim.compiler import compiler
 from tinyvllm.metalsim.source import POSITIONS, Signature, rewritten, signatures, strip_comments
@@ -87,11 +89,14 @@ def parameters(kernel: Signature) -> Iterator[str]:
 def address_spaces(source: str, name: str) -> list[str]:
     "What clang says when each address space is a type of its own."
     text = f'#include <metal_stdlib>\n#line 1 "{name}"\n{rewritten(source)}\n'
-    flags = [*compiler().flags, '-DMSL_LINT', '-O0', '-gline-tables-only', '-S', '-emit-llvm', '-o', '-']
-    done = compiler().run(flags, text)
-    if done.returncode:
-        return [line for line in done.stderr.splitlines() if 'error:' in line]
+    flags = [*compiler().flags, '-DMSL_LINT', '-O0', '-gline-tables-only', '-S', '-emit-llvm', '-o']
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'lint.ll')
+        done = compiler().run([*flags, str(path)], text)
+        if done.returncode:
+            return [line for line in done.stderr.splitlines() if 'error:' in line]
+        code = path.read_text()
     # An explicit cast is legal C++ but not Metal: it leaves an addrspacecast in the intermediate code.
-    lines = dict(re.findall(r'^(!\d+) = !DILocation\(line: (\d+)', done.stdout, re.M))
-    casts = re.finditer(r'addrspacecast[^\n]*?(?:!dbg (!\d+))?$', done.stdout, re.M)
+    lines = dict(re.findall(r'^(!\d+) = !DILocation\(line: (\d+)', code, re.M))
+    casts = re.finditer(r'addrspacecast[^\n]*?(?:!dbg (!\d+))?$', code, re.M)
     return [f"{name}:{lines.get(m.group(1), '?')}: cast between address spaces" for m in casts]

@@ -88,12 +88,14 @@ static uint16_t tg_epoch, dev_epoch;         // threadgroup barriers so far
 static uint64_t random_state;
 static char error[1024];
 static uintptr_t error_pc;
+static uint error_line;
 static bool failed;
 
 extern "C" {
 msl_thread* msl_cur;
 const char* msl_error() { return error; }
-uintptr_t msl_error_pc() { return error_pc; }
+uintptr_t msl_error_pc() { return error_pc; }   // in the kernel's code, or 0
+uint msl_error_line() { return error_line; } // of its source, or 0
 }
 static Fiber* current() { return (Fiber*)msl_cur; }
 
@@ -174,11 +176,12 @@ static void bad(uintptr_t pc, const char* format, ...) {
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     set_error("%s", text);
-    error_pc = pc;
+    if ((error_pc = pc)) error_line = 0;
     die();
 }
-extern "C" void msl_fail(const char* what, uint line, uint) {
-    set_error("line %u: %s", line, what);
+extern "C" void msl_fail(const char* what, uint line) {
+    if (!failed) error_line = line;
+    set_error("%s", what);
     die();
 }
 
@@ -366,8 +369,10 @@ static inline void check_access(const Access& a, bool race, bool aligned) {
 }
 
 #define HERE ((uintptr_t)__builtin_return_address(0))
-extern "C" void msl_access(const volatile void* p, uint size, int write) {
-    check_access({(uintptr_t)p, HERE, size, write != 0}, false, true);
+extern "C" void msl_access(const volatile void* p, uint size, int write, uint line) {
+    error_line = line; // the caller is a function of msl.h
+    check_access({(uintptr_t)p, 0, size, write != 0}, false, true);
+    error_line = 0;
 }
 static void check_range(const void* start, size_t n, bool write, uintptr_t pc) { // 16 bytes at a time
     uintptr_t p = (uintptr_t)start;
@@ -597,7 +602,7 @@ static bool bind() { // one access history for each set of overlapping bindings 
 }
 extern "C" int msl_launch(const Launch* l) { // 0, or 1 with the reason in msl_error()
     launch = l;
-    failed = false, error[0] = 0, error_pc = 0, pending.size = 0, msl_cur = 0;
+    failed = false, error[0] = 0, error_pc = error_line = 0, pending.size = 0, msl_cur = 0;
     random_state = l->seed, num_tg_vars = 0, arena_top = RED_ZONE;
     num_threads = l->tgsz[0] * l->tgsz[1] * l->tgsz[2];
     num_simds = (num_threads + SIMD - 1) / SIMD;

@@ -24,7 +24,8 @@
 #define thread
 #define kernel
 #define MSL_NOHOOK __attribute__((no_sanitize("thread")))
-#define MSL_INLINE static inline __attribute__((always_inline))
+// Code that is copied into a kernel without lines of its own counts as the line that calls it.
+#define MSL_INLINE static inline __attribute__((always_inline, nodebug))
 #define MSL_CAT_(a, b) a##b
 #define MSL_CAT(a, b) MSL_CAT_(a, b)
 // threadgroup storage declared in a function body (the Python front end rewrites `threadgroup T x[..];` to
@@ -232,8 +233,8 @@ void* msl_collective(int kind, uint line, uint col, const void* val, uint size);
 void msl_barrier(uint flags, uint line, uint col);
 threadgroup void* msl_tg_static(int id, unsigned long size, unsigned long align, const char* name);
 void* msl_tg_dynamic(int slot);
-void msl_access(const volatile void* p, uint size, int write); // bounds check only (atomics)
-void msl_fail(const char* what, uint line, uint col);
+void msl_access(const volatile void* p, uint size, int write, uint line); // bounds check only (atomics)
+void msl_fail(const char* what, uint line);
 }
 #define MSL_SITE uint line_ = __builtin_LINE(), uint col_ = __builtin_COLUMN()
 enum {
@@ -295,7 +296,7 @@ MSL_REDUCE(simd_or, MSL_OR, x, a = a | b)
 template <class T> MSL_NOHOOK static inline T msl_from(int kind, T x, uint src, uint line, uint col) {
     const msl_slot<T>* s = msl_gather(kind, x, line, col);
     if (src > 31 || !(msl_cur->active >> src & 1))
-        msl_fail("simd shuffle/broadcast reads a lane that is not active", line, col);
+        msl_fail("simd shuffle/broadcast reads a lane that is not active", line);
     return s[src & 31].v;
 }
 template <class T> MSL_INLINE T simd_shuffle(T x, ushort l, MSL_SITE) {
@@ -412,8 +413,8 @@ MSL_NOHOOK static inline void msl_uniform(int kind, msl_mem a, uint line, uint c
     for (int i = 0; i < 32; i++)
         if ((msl_cur->active >> i & 1) && (s[i].v.p != a.p || s[i].v.stride != a.stride ||
                                               s[i].v.ox != a.ox || s[i].v.oy != a.oy || s[i].v.t != a.t))
-            msl_fail("simdgroup_load/store arguments differ between lanes", line, col);
-    if (msl_cur->active != 0xffffffffu) msl_fail("simdgroup_load/store with a partial simdgroup", line, col);
+            msl_fail("simdgroup_load/store arguments differ between lanes", line);
+    if (msl_cur->active != 0xffffffffu) msl_fail("simdgroup_load/store with a partial simdgroup", line);
 }
 #define MSL_MLS(AS) \
     template <class T> \
@@ -447,7 +448,7 @@ MSL_NOHOOK static inline void simdgroup_multiply_accumulate(thread simdgroup_mat
     const msl_slot<msl_ab>* s = msl_gather(
         MSL_MMA, msl_ab{{(float)a.e[0], (float)a.e[1]}, {(float)b.e[0], (float)b.e[1]}}, line_, col_);
     if (msl_cur->active != 0xffffffffu)
-        msl_fail("simdgroup_multiply_accumulate with a partial simdgroup", line_, col_);
+        msl_fail("simdgroup_multiply_accumulate with a partial simdgroup", line_);
     uint r = a.row(), cc = a.col();
     float acc[2] = {(float)c.e[0], (float)c.e[1]};
     for (uint k = 0; k < 8; k++) {
@@ -613,60 +614,60 @@ typedef atomic<float> atomic_float;
 typedef atomic<bool> atomic_bool;
 #define MSL_ATOM(AS) \
     template <class T> \
-    MSL_NOHOOK static inline T atomic_load_explicit(const volatile AS atomic<T>* p, memory_order) { \
-        msl_access(MSL_VP(p), sizeof(T), 0); \
+    MSL_NOHOOK static inline T atomic_load_explicit(const volatile AS atomic<T>* p, memory_order, MSL_SITE) { \
+        msl_access(MSL_VP(p), sizeof(T), 0, line_); \
         return p->v; \
     } \
     template <class T> \
     MSL_NOHOOK static inline void atomic_store_explicit( \
-        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order) { \
-        msl_access(MSL_VP(p), sizeof(T), 1); \
+        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order, MSL_SITE) { \
+        msl_access(MSL_VP(p), sizeof(T), 1, line_); \
         p->v = x; \
     } \
     template <class T> \
     MSL_NOHOOK static inline T atomic_exchange_explicit( \
-        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order) { \
-        msl_access(MSL_VP(p), sizeof(T), 1); \
+        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order, MSL_SITE) { \
+        msl_access(MSL_VP(p), sizeof(T), 1, line_); \
         T o = p->v; \
         p->v = x; \
         return o; \
     } \
     template <class T> \
     MSL_NOHOOK static inline T atomic_fetch_add_explicit( \
-        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order) { \
-        msl_access(MSL_VP(p), sizeof(T), 1); \
+        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order, MSL_SITE) { \
+        msl_access(MSL_VP(p), sizeof(T), 1, line_); \
         T o = p->v; \
         p->v = o + x; \
         return o; \
     } \
     template <class T> \
     MSL_NOHOOK static inline T atomic_fetch_sub_explicit( \
-        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order) { \
-        msl_access(MSL_VP(p), sizeof(T), 1); \
+        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order, MSL_SITE) { \
+        msl_access(MSL_VP(p), sizeof(T), 1, line_); \
         T o = p->v; \
         p->v = o - x; \
         return o; \
     } \
     template <class T> \
     MSL_NOHOOK static inline T atomic_fetch_max_explicit( \
-        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order) { \
-        msl_access(MSL_VP(p), sizeof(T), 1); \
+        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order, MSL_SITE) { \
+        msl_access(MSL_VP(p), sizeof(T), 1, line_); \
         T o = p->v; \
         p->v = o > x ? o : x; \
         return o; \
     } \
     template <class T> \
     MSL_NOHOOK static inline T atomic_fetch_min_explicit( \
-        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order) { \
-        msl_access(MSL_VP(p), sizeof(T), 1); \
+        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order, MSL_SITE) { \
+        msl_access(MSL_VP(p), sizeof(T), 1, line_); \
         T o = p->v; \
         p->v = o < x ? o : x; \
         return o; \
     } \
     template <class T> \
     MSL_NOHOOK static inline T atomic_fetch_or_explicit( \
-        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order) { \
-        msl_access(MSL_VP(p), sizeof(T), 1); \
+        volatile AS atomic<T>* p, typename msl_id<T>::type x, memory_order, MSL_SITE) { \
+        msl_access(MSL_VP(p), sizeof(T), 1, line_); \
         T o = p->v; \
         p->v = o | x; \
         return o; \
