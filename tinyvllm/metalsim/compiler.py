@@ -98,7 +98,25 @@ def library(
     flags = [*compiler().flags, *SHARED, *(CHECKED if check else PLAIN)]
     if check and not compiler().is_zig:
         flags.append(WRAP)
-    return cached('kernel', flags, translation(source, name, flat))
+    try:
+        return cached('kernel', flags, translation(source, name, flat))
+    except MetalCompileError as error:
+        raise MetalCompileError('\n'.join(complaints(str(error), name))) from None
+
+
+def complaints(
+    text: str, # what a compiler has printed
+    name: str, # of the source
+) -> list[str]: # its errors; all of the text if it speaks of none
+    "Errors by their place in the source, also those that show in a header that it uses."
+    found, elsewhere = [], None
+    for place, kind, what in re.findall(r'^(.+?:\d+:\d+): (error|note|fatal error): (.*)$', text, re.M):
+        if kind != 'note':
+            elsewhere = what
+        if elsewhere and place.startswith(f'{name}:'):
+            found.append(f'{place}: error: {elsewhere}')
+            elsewhere = None
+    return found or [text]
 
 
 def cached(

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyvllm.metalsim.compiler import compiler
+from tinyvllm.metalsim.compiler import compiler, complaints
 from tinyvllm.metalsim.source import POSITIONS, Signature, rewritten, signatures, strip_comments
 
 MAX_BUFFERS = 31
@@ -94,7 +94,7 @@ def address_spaces(source: str, name: str) -> list[str]:
         path = Path(folder, 'lint.ll')
         done = compiler().run([*flags, str(path)], text)
         if done.returncode:
-            return [line for line in done.stderr.splitlines() if 'error:' in line]
+            return complaints(done.stderr, name)
         code = path.read_text()
     # An explicit cast is legal C++ but not Metal: it leaves an addrspacecast in the intermediate code.
     lines = dict(re.findall(r'^(!\d+) = !DILocation\(line: (\d+)', code, re.M))

@@ -1,0 +1,176 @@
+"Bugs put into good kernels, one at a time: each is caught, by its message and its line."
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from metal_cases import TOP, decode, edited, mma, prefill, qmv, source, split, with_args
+
+from tinyvllm.metalsim import Library, MetalError, lint
+
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='a Mac has the real one')
+BARRIER = 'threadgroup_barrier(mem_flags::mem_threadgroup)'
+
+
+def bad_table(case):
+    "A block number behind the end of the cache."
+    table = case.args[3].copy()
+    table[1, 2] = len(case.args[1])
+    return with_args(case, a3=table)
+
+
+def ones(case):
+    "No input of zeros or noise: what is not initialised shows."
+    return with_args(case, a1=np.ones_like(case.args[1]), a2=np.ones_like(case.args[2]))
+
+
+def longer(case):
+    "Some room behind x, so that a misaligned read is not out of bounds too."
+    return with_args(case, a2=np.concatenate([case.args[2], case.args[2][:8]]))
+
+
+def wider(case):
+    "A has columns that its K does not count."
+    return with_args(mma(80), a5=72, a1=case.args[1])
+
+
+def last_barrier(text):
+    at = text.rindex(f'    {BARRIER};\n')
+    return text[:at] + text[at + len(f'    {BARRIER};\n'):]
+
+
+# name: case, (old text, new text)..., what the message must say
+MUTANTS = {
+    'block table points past the cache': (
+        bad_table(decode()), [], r"out-of-bounds read: 8 bytes at byte 196608 of buffer 'kc' .*kernel\.metal:30"),
+    'next row of the block table': (
+        decode(), [('table[b * max_blocks + t0 / BS]', 'table[(b + 1) * max_blocks + t0 / BS]')],
+        r"out-of-bounds read: 4 bytes at byte 96 of buffer 'table' .*kernel\.metal:25"),
+    'no barrier before the merge': (
+        split(), [(f'  {BARRIER};\n', '')], "read of uninitialised threadgroup memory 'pm' at byte 4"),
+    'a barrier for the other memory': (
+        split(), [(BARRIER, 'threadgroup_barrier(mem_flags::mem_device)')],
+        "data race: read of 'pm' byte 4, written by threadgroup #0 thread #32 .* with no barrier between"),
+    'half the simdgroups launched': (
+        split((128,)), [], "read of uninitialised threadgroup memory 'pm' at byte 16"),
+    'partial sums read beyond their number': (
+        split(), [('lane < NS ? ps[lane] * f : 0.0f', 'ps[lane] * f')],
+        "out-of-bounds read of threadgroup memory: 4 bytes at byte 32 of 'ps'"),
+    'simd_sum in a branch': (
+        qmv(8), [('const float t = simd_sum(acc[r]);', 'float t = 0; if (lane < 31) t = simd_sum(acc[r]);')],
+        'simd_sum at line 22 is called by lanes 7fffffff only'),
+    'a lane returns before simd_sum': (
+        qmv(8), [('float acc[ROWS]', 'if (lane == 7) return; float acc[ROWS]')],
+        'simd_sum at line 22 is called by lanes ffffff7f only'),
+    'accumulator not initialised': (
+        ones(qmv(8)), [('float acc[ROWS] = {0.0f};', 'float acc[ROWS];')], r"NaN in output buffer 3 \('y'\)"),
+    'rows not guarded': (
+        qmv(6), [('if (row0 + r >= N) continue;', '')], r"out-of-bounds read: .* of buffer 'w' .*kernel\.metal:16"),
+    'two threadgroups write the same rows': (
+        qmv(16), [('y[row0 + r] = half(t)', 'y[row0 % 12 + r] = half(t)')],
+        r"data race: write of 'y' byte 0, written \(other value\) by threadgroup #0 .*kernel\.metal:23"),
+    'half4 read from an odd place': (
+        longer(qmv(8)), [('(x + k))', '(x + k + 1))')], r'misaligned 8-byte read .* kernel\.metal:12'),
+    'next tile loaded too early': (
+        prefill(), last_barrier, r"data race: write of '[kv]t' byte \d+, read by threadgroup"),
+    'query rows not guarded': (
+        prefill(), [('q0 + r < T ? *(device const half4*)(q + ((q0 + r) * H + h) * D + c) : half4(0.0h)',
+                     '*(device const half4*)(q + ((q0 + r) * H + h) * D + c)')],
+        r"out-of-bounds read: .* of buffer 'q' .*kernel\.metal:16"),
+    'one simdgroup leaves the loop early': (
+        prefill(), [('last = min(q0 + BQ, T);', 'last = min(q0 + BQ, T) - (sg == 3 ? BK : 0);')],
+        'threadgroup_barrier at line 29 reached by 96 of 128 threads'),
+    'half of the tile loaded': (
+        prefill(), [('i < BK * D / 4; i += SG * 32', 'i < BK * D / 8; i += SG * 32')],
+        "read of uninitialised threadgroup memory 'kt'"),
+    'more than 32 KB of threadgroup memory': (
+        prefill(), [('half kt[BK][D + 4]', 'half kt[BK * 8][D + 4]')], 'threadgroup memory 36864 bytes > 32768'),
+    'simdgroup_load past the end': (
+        mma(), [('B + k * N + c', 'B + (k + 8) * N + c')], r"out-of-bounds read: .* of buffer 'B' .*kernel\.metal:14"),
+    'simdgroup_load from an address of its own in each lane': (
+        wider(mma()), [('uint sg [[', 'uint lane [[thread_index_in_simdgroup]], uint sg [['),
+                       ('A + (r + i * 8) * K + k, K)', 'A + (r + i * 8) * K + k + lane, K)')],
+        r'simdgroup_load/store arguments differ between lanes .*kernel\.metal:13'),
+    'broadcast from a lane that is not there': (
+        split(), [('simd_broadcast(f, i)', 'simd_broadcast(f, i + 30)')],
+        r'reads a lane that is not active .*kernel\.metal:65'),
+}
+
+
+@pytest.mark.parametrize('name', MUTANTS)
+def test_a_bug_is_caught_when_it_runs(name):
+    case, change, message = MUTANTS[name]
+    text = source(case.file)
+    for pair in [] if callable(change) else change:
+        text = edited(text, *pair)
+    text = change(text) if callable(change) else text
+    case = replace(case, args=[a.copy() if isinstance(a, np.ndarray) else a for a in case.args])
+    with pytest.raises(MetalError, match=message):
+        Library(text)[case.kernel].verify(case.args, case.grid, case.threads, outs=[case.out])
+
+
+# file, old text, new text, what lint must say
+TYPOS = {
+    'pointer without address space': (
+        'paged_decode', 'device const half* kp', 'const half* kp', ':26: pointer or reference without an address'),
+    'threadgroup pointer taken for device': (
+        'flash_prefill', '*(threadgroup half4*)(&qt[r][c])', '*(device half4*)(&qt[r][c])',
+        ':16: cast between address spaces'),
+    'write through const': ('qmv', 'device half* y', 'device const half* y', ':23:48: error: read-only variable'),
+    'double': ('qmv', 'float t = simd_sum', 'double t = simd_sum', ':22: double is not in MSL'),
+    'float4 put into half4': ('paged_decode', 'half4(acc / s)', '(acc / s)', ":36:58: error: assigning to 'half4'"),
+    'max of float and int': (
+        'paged_decode', 'max(m, score)', 'max(m, 0)', ":31:24: error: call to 'max' is ambiguous"),
+    'three components for four': (
+        'qmv', 'uint4(q, q >> 4, q >> 8, q >> 12)', 'uint4(q, q >> 4, q >> 8)', ':17:32: error: '),
+}
+
+
+@pytest.mark.parametrize('name', TYPOS)
+def test_lint_catches_what_metal_refuses(name):
+    file, old, new, message = TYPOS[name]
+    text = source(file)
+    assert lint(text) == []
+    (complaint, *_) = lint(edited(text, old, new))
+    assert complaint.startswith('kernel.metal') and message in complaint
+
+
+BODY = 'uint t [[thread_position_in_grid]]) { '
+SNIPPETS = {
+    'components differ': (
+        'kernel void k(device int* o, uint t [[thread_position_in_grid]], uint3 n [[threads_per_grid]]) { o[t] = n.x; }',
+        'must all have the same number of components'),
+    'helper takes a pointer': (
+        'float f(float* p) { return *p; }\nkernel void k(device float* o, ' + BODY
+        + 'float x[2] = {1.0f, 2.0f}; o[t] = f(x); }', ':3: pointer or reference without an address space: `float* p`'),
+    'helper takes a reference': (
+        'void f(float& p) { p = 1; }\nkernel void k(device float* o, ' + BODY + 'float x; f(x); o[t] = x; }',
+        ':3: pointer or reference without an address space: `float& p`'),
+    'constexpr at program scope': (
+        'constexpr int N = 4;\nkernel void k(device int* o, ' + BODY + 'o[t] = N; }', 'must be `constant`'),
+    'lambda': ('kernel void k(device int* o, ' + BODY + 'auto f = [&](int x) { return x; }; o[t] = f(3); }',
+               ':3: no lambdas'),
+    'initialised threadgroup variable': (
+        'kernel void k(device int* o, ' + BODY + 'threadgroup int x = 3; o[t] = x; }', ':3:'),
+    'C++ header': ('#include <cmath>\nkernel void k(device float* o, ' + BODY + 'o[t] = 1; }',
+                   ':3: only <metal_*> headers'),
+    'number by value': ('kernel void k(device float* o, int n, ' + BODY + 'o[t] = n; }',
+                        "parameter 'n' has no address space"),
+    'index used twice': ('kernel void k(device float* o [[buffer(0)]], device float* p [[buffer(0)]], ' + BODY
+                         + 'o[t] = p[t]; }', 'two parameters share a buffer index'),
+}
+
+
+@pytest.mark.parametrize('name', SNIPPETS)
+def test_lint_knows_the_rules_of_the_language(name):
+    text, message = SNIPPETS[name]
+    assert any(message in complaint for complaint in lint(TOP + text)), lint(TOP + text)
+
+
+def test_lint_lets_good_kernels_pass():
+    text = ('constant constexpr int N = 4;\n'
+            'template <typename T> inline float f(thread const T* p) { return p[0] * p[1]; }\n'
+            'kernel void k(device float* o, constant int& n, uint2 t [[thread_position_in_grid]], '
+            'uint2 g [[threads_per_grid]]) { float x[2] = {1.0f, 2.0f}; o[t.x * g.y & n] = f(x) * N; }')
+    for good in (TOP + text, *map(source, ('add', 'mma', 'qmv', 'flash_prefill', 'paged_decode', 'paged_decode_gqa'))):
+        assert lint(good) == []
