@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -45,10 +46,27 @@ def metadata(unpacked, name='METADATA'):
 
 def test_wheel_holds_the_package_and_nothing_else(wheel, unpacked):
     assert {p.name for p in unpacked.iterdir()} == {'tinyvllm', f'tinyvllm-{version()}.dist-info'}
-    shipped = {p.name for p in (unpacked / 'tinyvllm').glob('*.py')}
-    assert shipped == {p.name for p in (ROOT / 'tinyvllm').glob('*.py')}
+    assert files(unpacked / 'tinyvllm', '*.py') == files(ROOT / 'tinyvllm', '*.py')
+    assert files(unpacked / 'tinyvllm/metalsim') == files(ROOT / 'tinyvllm/metalsim')
     assert (unpacked / 'tinyvllm/data/ladder.jsonl').read_bytes() == (ROOT / 'nbs/ladder.jsonl').read_bytes()
     assert wheel.name == f'tinyvllm-{version()}-py3-none-any.whl' and wheel.stat().st_size < 1_000_000
+
+
+def files(folder, pattern='**/*'):
+    "What lies in a folder, by its path in it; without what Python leaves there."
+    return {p.relative_to(folder) for p in folder.glob(pattern) if p.is_file() and '__pycache__' not in p.parts}
+
+
+def test_sources_of_the_metal_simulator_are_in_the_source_archive(tmp_path):
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('.'))"
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
+        names = set(archive.getnames())
+    wanted = {f'tinyvllm-{version()}/tinyvllm/metalsim/{p}' for p in files(ROOT / 'tinyvllm/metalsim')}
+    assert len(wanted) > 15 and not wanted - names
 
 
 def version():
@@ -75,9 +93,11 @@ def test_version_is_the_same_everywhere(unpacked):
 def test_every_module_imports_from_the_wheel(unpacked):
     code = """
 import importlib, pathlib, tinyvllm
-for path in sorted(pathlib.Path(tinyvllm.__file__).parent.glob('*.py')):
-    if path.stem not in ('__main__', '_modidx'):
-        assert importlib.import_module(f'tinyvllm.{path.stem}').__doc__, path
+folder = pathlib.Path(tinyvllm.__file__).parent
+for path in sorted(folder.rglob('*.py')):
+    if path.stem not in ('__init__', '__main__', '_modidx'):
+        name = '.'.join(path.relative_to(folder.parent).with_suffix('').parts)
+        assert importlib.import_module(name).__doc__, path
 """
     done = run(unpacked, '-c', code, DEV='CPU')
     assert done.returncode == 0, done.stderr
