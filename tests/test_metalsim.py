@@ -168,8 +168,8 @@ def test_memory_of_a_dynamic_size():
 def test_a_line_is_found_in_the_table_of_the_object():
     path = Library(source('add')).path
     table = [row for unit in units(section(path.read_bytes(), b'.debug_line')) for row in LineProgram(unit)]
-    assert {5, 9} <= {line for _, line in table}
-    at, line = next(row for row in table if row[1] == 9)
+    assert {6, 11} <= {line for _, line in table}
+    at, line = next(row for row in table if row[1] == 11)
     assert line_of(path, at) == line and line_of(path, 0) == 0
 
 
@@ -203,8 +203,8 @@ print(lint(source('flash_prefill').replace('*(threadgroup half4*)(&qt', '*(devic
 def test_the_ziglang_wheel_does_all_that_clang_does():
     done = fresh(ZIG.replace('sys.argv[0]', repr(str(Path(__file__).parent))), METALSIM_CC=zig_wrapper())
     assert not done.stderr
-    assert 'out-of-bounds read: 4 bytes at byte 16' in done.stdout and 'kernel.metal:9' in done.stdout
-    assert 'kernel.metal:16: cast between address spaces' in done.stdout
+    assert 'out-of-bounds read: 4 bytes at byte 16' in done.stdout and 'kernel.metal:11' in done.stdout
+    assert 'kernel.metal:19: cast between address spaces' in done.stdout
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):

@@ -55,7 +55,8 @@ def test_nothing_is_loaded_and_nothing_chosen_before_it_is_asked_for():
 
 def test_without_a_compiler_the_command_line_says_what_to_install(tmp_path):
     code = ("import tinyvllm.device as device; device.zig_wrapper = lambda: None\n"
-            "import os, sys; os.environ['CC'] = ''; from tinyvllm.cli import main; sys.exit(main(['info', '--device', 'METAL']))")
+            "import os, sys; os.environ['CC'] = ''\n"
+            "from tinyvllm.cli import main; sys.exit(main(['info', '--device', 'METAL']))")
     done = run(code, PATH=str(tmp_path), CC='', METALSIM_CC='')
     assert done.returncode == 2 and not done.stdout and 'Traceback' not in done.stderr
     assert 'install clang (14 or newer), or `pip install ziglang`' in done.stderr

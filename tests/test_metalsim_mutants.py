@@ -42,10 +42,10 @@ def last_barrier(text):
 # name: case, (old text, new text)..., what the message must say
 MUTANTS = {
     'block table points past the cache': (
-        bad_table(decode()), [], r"out-of-bounds read: 8 bytes at byte 196608 of buffer 'kc' .*kernel\.metal:30"),
+        bad_table(decode()), [], r"out-of-bounds read: 8 bytes at byte 196608 of buffer 'kc' .*kernel\.metal:32"),
     'next row of the block table': (
         decode(), [('table[b * max_blocks + t0 / BS]', 'table[(b + 1) * max_blocks + t0 / BS]')],
-        r"out-of-bounds read: 4 bytes at byte 96 of buffer 'table' .*kernel\.metal:25"),
+        r"out-of-bounds read: 4 bytes at byte 96 of buffer 'table' .*kernel\.metal:27"),
     'no barrier before the merge': (
         split(), [(f'  {BARRIER};\n', '')], "read of uninitialised threadgroup memory 'pm' at byte 4"),
     'a barrier for the other memory': (
@@ -58,42 +58,42 @@ MUTANTS = {
         "out-of-bounds read of threadgroup memory: 4 bytes at byte 32 of 'ps'"),
     'simd_sum in a branch': (
         qmv(8), [('const float t = simd_sum(acc[r]);', 'float t = 0; if (lane < 31) t = simd_sum(acc[r]);')],
-        'simd_sum at line 22 is called by lanes 7fffffff only'),
+        'simd_sum at line 25 is called by lanes 7fffffff only'),
     'a lane returns before simd_sum': (
         qmv(8), [('float acc[ROWS]', 'if (lane == 7) return; float acc[ROWS]')],
-        'simd_sum at line 22 is called by lanes ffffff7f only'),
+        'simd_sum at line 25 is called by lanes ffffff7f only'),
     'accumulator not initialised': (
         ones(qmv(8)), [('float acc[ROWS] = {0.0f};', 'float acc[ROWS];')], r"NaN in output buffer 3 \('y'\)"),
     'rows not guarded': (
-        qmv(6), [('if (row0 + r >= N) continue;', '')], r"out-of-bounds read: .* of buffer 'w' .*kernel\.metal:16"),
+        qmv(6), [('if (row0 + r >= N) continue;', '')], r"out-of-bounds read: .* of buffer 'w' .*kernel\.metal:18"),
     'two threadgroups write the same rows': (
         qmv(16), [('y[row0 + r] = half(t)', 'y[row0 % 12 + r] = half(t)')],
-        r"data race: write of 'y' byte 0, written \(other value\) by threadgroup #0 .*kernel\.metal:23"),
+        r"data race: write of 'y' byte 0, written \(other value\) by threadgroup #0 .*kernel\.metal:26"),
     'half4 read from an odd place': (
-        longer(qmv(8)), [('(x + k))', '(x + k + 1))')], r'misaligned 8-byte read .* kernel\.metal:12'),
+        longer(qmv(8)), [('(x + k))', '(x + k + 1))')], r'misaligned 8-byte read .* kernel\.metal:14'),
     'next tile loaded too early': (
         prefill(), last_barrier, r"data race: write of '[kv]t' byte \d+, read by threadgroup"),
     'query rows not guarded': (
         prefill(), [('q0 + r < T ? *(device const half4*)(q + ((q0 + r) * H + h) * D + c) : half4(0.0h)',
                      '*(device const half4*)(q + ((q0 + r) * H + h) * D + c)')],
-        r"out-of-bounds read: .* of buffer 'q' .*kernel\.metal:16"),
+        r"out-of-bounds read: .* of buffer 'q' .*kernel\.metal:20"),
     'one simdgroup leaves the loop early': (
         prefill(), [('last = min(q0 + BQ, T);', 'last = min(q0 + BQ, T) - (sg == 3 ? BK : 0);')],
-        'threadgroup_barrier at line 29 reached by 96 of 128 threads'),
+        'threadgroup_barrier at line 35 reached by 96 of 128 threads'),
     'half of the tile loaded': (
         prefill(), [('i < BK * D / 4; i += SG * 32', 'i < BK * D / 8; i += SG * 32')],
         "read of uninitialised threadgroup memory 'kt'"),
     'more than 32 KB of threadgroup memory': (
         prefill(), [('half kt[BK][D + 4]', 'half kt[BK * 8][D + 4]')], 'threadgroup memory 36864 bytes > 32768'),
     'simdgroup_load past the end': (
-        mma(), [('B + k * N + c', 'B + (k + 8) * N + c')], r"out-of-bounds read: .* of buffer 'B' .*kernel\.metal:14"),
+        mma(), [('B + k * N + c', 'B + (k + 8) * N + c')], r"out-of-bounds read: .* of buffer 'B' .*kernel\.metal:17"),
     'simdgroup_load from an address of its own in each lane': (
         wider(mma()), [('uint sg [[', 'uint lane [[thread_index_in_simdgroup]], uint sg [['),
                        ('A + (r + i * 8) * K + k, K)', 'A + (r + i * 8) * K + k + lane, K)')],
-        r'simdgroup_load/store arguments differ between lanes .*kernel\.metal:13'),
+        r'simdgroup_load/store arguments differ between lanes .*kernel\.metal:16'),
     'broadcast from a lane that is not there': (
         split(), [('simd_broadcast(f, i)', 'simd_broadcast(f, i + 30)')],
-        r'reads a lane that is not active .*kernel\.metal:65'),
+        r'reads a lane that is not active .*kernel\.metal:70'),
 }
 
 
@@ -112,17 +112,17 @@ def test_a_bug_is_caught_when_it_runs(name):
 # file, old text, new text, what lint must say
 TYPOS = {
     'pointer without address space': (
-        'paged_decode', 'device const half* kp', 'const half* kp', ':26: pointer or reference without an address'),
+        'paged_decode', 'device const half* kp', 'const half* kp', ':28: pointer or reference without an address'),
     'threadgroup pointer taken for device': (
         'flash_prefill', '*(threadgroup half4*)(&qt[r][c])', '*(device half4*)(&qt[r][c])',
-        ':16: cast between address spaces'),
-    'write through const': ('qmv', 'device half* y', 'device const half* y', ':23:48: error: read-only variable'),
-    'double': ('qmv', 'float t = simd_sum', 'double t = simd_sum', ':22: double is not in MSL'),
-    'float4 put into half4': ('paged_decode', 'half4(acc / s)', '(acc / s)', ":36:58: error: assigning to 'half4'"),
+        ':19: cast between address spaces'),
+    'write through const': ('qmv', 'device half* y', 'device const half* y', ':26:48: error: read-only variable'),
+    'double': ('qmv', 'float t = simd_sum', 'double t = simd_sum', ':25: double is not in MSL'),
+    'float4 put into half4': ('paged_decode', 'half4(acc / s)', '(acc / s)', ":38:58: error: assigning to 'half4'"),
     'max of float and int': (
-        'paged_decode', 'max(m, score)', 'max(m, 0)', ":31:24: error: call to 'max' is ambiguous"),
+        'paged_decode', 'max(m, score)', 'max(m, 0)', ":33:24: error: call to 'max' is ambiguous"),
     'three components for four': (
-        'qmv', 'uint4(q, q >> 4, q >> 8, q >> 12)', 'uint4(q, q >> 4, q >> 8)', ':17:32: error: '),
+        'qmv', 'uint4(q, q >> 4, q >> 8, q >> 12)', 'uint4(q, q >> 4, q >> 8)', ':19:32: error: '),
 }
 
 
@@ -138,7 +138,7 @@ def test_lint_catches_what_metal_refuses(name):
 BODY = 'uint t [[thread_position_in_grid]]) { '
 SNIPPETS = {
     'components differ': (
-        'kernel void k(device int* o, uint t [[thread_position_in_grid]], uint3 n [[threads_per_grid]]) { o[t] = n.x; }',
+        'kernel void k(device int* o, uint t [[thread_position_in_grid]],\nuint3 n [[threads_per_grid]]) { o[t] = n.x; }',
         'must all have the same number of components'),
     'helper takes a pointer': (
         'float f(float* p) { return *p; }\nkernel void k(device float* o, ' + BODY

@@ -188,5 +188,6 @@ def in_red_zone(array: np.ndarray) -> np.ndarray:
 
 def image_of(path: Path) -> tuple[int, int]:
     "The first and the last address at which a shared object is loaded."
-    spans = re.findall(rf'^(\w+)-(\w+) .*{re.escape(str(path.resolve()))}(?: .deleted.)?$', Path('/proc/self/maps').read_text(), re.M)
+    file = re.escape(str(path.resolve()))
+    spans = re.findall(rf'^(\w+)-(\w+) .*{file}(?: .deleted.)?$', Path('/proc/self/maps').read_text(), re.M)
     return int(spans[0][0], 16), int(spans[-1][1], 16)

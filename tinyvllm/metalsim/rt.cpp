@@ -51,7 +51,7 @@ struct Cell { // access history of one byte: its last writer, its last two reade
     uint32_t writer, written, reader, read, reader2, read2;
     uint32_t owner; // for threadgroup memory: the threadgroup that has initialised it
 };
-struct Traffic { uint64_t reads, writes, bytes_read, bytes_written; }; // as in kernel.py
+struct Traffic { uint64_t reads, writes, bytes_read, bytes_written; }; // as in counts.py
 struct Region { uintptr_t lo, hi; const char* name; int writable; Traffic* traffic; };
 struct Span { uintptr_t lo, hi; Cell* cells; };
 struct TgVar { int id; size_t size, offset; const char* name; };

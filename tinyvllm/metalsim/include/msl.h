@@ -506,35 +506,53 @@ MSL_INLINE float msl_fractf(float x) { return x - __builtin_floorf(x); }
 MSL_INLINE float msl_exp10f(float x) { return __builtin_exp2f(x * 3.32192809488736234787f); }
 #define MSL_ALLF1 \
     MSL_F1(exp, __builtin_expf) \
-    MSL_F1(exp2, __builtin_exp2f) MSL_F1(exp10, msl_exp10f) MSL_F1(log, __builtin_logf) \
-        MSL_F1(log2, __builtin_log2f) MSL_F1(log10, __builtin_log10f) MSL_F1(sin, __builtin_sinf) \
-            MSL_F1(cos, __builtin_cosf) MSL_F1(tan, __builtin_tanf) MSL_F1(tanh, __builtin_tanhf) \
-                MSL_F1(asin, __builtin_asinf) MSL_F1(acos, __builtin_acosf) MSL_F1(atan, __builtin_atanf) \
-                    MSL_F1(sinh, __builtin_sinhf) MSL_F1(cosh, __builtin_coshf) \
-                        MSL_F1(sqrt, __builtin_sqrtf) MSL_F1(rsqrt, msl_rsqrtf) MSL_F2(pow, __builtin_powf) \
-                            MSL_F2(atan2, __builtin_atan2f)
+    MSL_F1(exp2, __builtin_exp2f) \
+    MSL_F1(exp10, msl_exp10f) \
+    MSL_F1(log, __builtin_logf) \
+    MSL_F1(log2, __builtin_log2f) \
+    MSL_F1(log10, __builtin_log10f) \
+    MSL_F1(sin, __builtin_sinf) \
+    MSL_F1(cos, __builtin_cosf) \
+    MSL_F1(tan, __builtin_tanf) \
+    MSL_F1(tanh, __builtin_tanhf) \
+    MSL_F1(asin, __builtin_asinf) \
+    MSL_F1(acos, __builtin_acosf) \
+    MSL_F1(atan, __builtin_atanf) \
+    MSL_F1(sinh, __builtin_sinhf) \
+    MSL_F1(cosh, __builtin_coshf) \
+    MSL_F1(sqrt, __builtin_sqrtf) \
+    MSL_F1(rsqrt, msl_rsqrtf) \
+    MSL_F2(pow, __builtin_powf) \
+    MSL_F2(atan2, __builtin_atan2f)
 MSL_ALLF1
 MSL_F1(floor, __builtin_floorf)
-MSL_F1(ceil, __builtin_ceilf) MSL_F1(round, __builtin_roundf) MSL_F1(rint, __builtin_rintf)
-    MSL_F1(trunc, __builtin_truncf) MSL_F1(fract, msl_fractf) MSL_F1(fabs, __builtin_fabsf)
-        MSL_F2(fmin, __builtin_fminf) MSL_F2(fmax, __builtin_fmaxf) MSL_F2(fmod, __builtin_fmodf)
-            MSL_F2(copysign, __builtin_copysignf) MSL_INLINE float fma(float a, float b, float c) {
-    return __builtin_fmaf(a, b, c);
-}
+MSL_F1(ceil, __builtin_ceilf)
+MSL_F1(round, __builtin_roundf)
+MSL_F1(rint, __builtin_rintf)
+MSL_F1(trunc, __builtin_truncf)
+MSL_F1(fract, msl_fractf)
+MSL_F1(fabs, __builtin_fabsf)
+MSL_F2(fmin, __builtin_fminf)
+MSL_F2(fmax, __builtin_fmaxf)
+MSL_F2(fmod, __builtin_fmodf)
+MSL_F2(copysign, __builtin_copysignf)
+MSL_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 MSL_INLINE half fma(half a, half b, half c) { return (half)__builtin_fmaf(a, b, c); }
 MSL_V3(fma)
 MSL_INLINE float ldexp(float x, int e) { return __builtin_ldexpf(x, e); }
 namespace fast {
 using metal::fma;
-MSL_ALLF1 MSL_F2(fmax, __builtin_fmaxf) MSL_F2(max, __builtin_fmaxf) MSL_F2(min, __builtin_fminf) MSL_INLINE
-    float divide(float a, float b) {
-    return a / b;
-}
+MSL_ALLF1
+MSL_F2(fmax, __builtin_fmaxf)
+MSL_F2(max, __builtin_fmaxf)
+MSL_F2(min, __builtin_fminf)
+MSL_INLINE float divide(float a, float b) { return a / b; }
 MSL_INLINE float clamp(float x, float a, float b) { return __builtin_fminf(__builtin_fmaxf(x, a), b); }
 } // namespace fast
 namespace precise {
 using metal::fma;
-MSL_ALLF1 MSL_INLINE float divide(float a, float b) { return a / b; }
+MSL_ALLF1
+MSL_INLINE float divide(float a, float b) { return a / b; }
 } // namespace precise
 MSL_INLINE bool isnan(float x) { return x != x; }
 MSL_INLINE bool isnan(half x) { return x != x; }
@@ -546,14 +564,25 @@ MSL_INLINE bool isfinite(float x) { return __builtin_isfinite(x); }
     MSL_INLINE T max(T a, T b) { return a < b ? b : a; } \
     MSL_INLINE T clamp(T x, T a, T b) { return min(max(x, a), b); }
 MSL_MM(char)
-MSL_MM(signed char) MSL_MM(uchar) MSL_MM(short) MSL_MM(ushort) MSL_MM(int) MSL_MM(uint) MSL_MM(long) MSL_MM(
-    ulong)
+MSL_MM(signed char)
+MSL_MM(uchar)
+MSL_MM(short)
+MSL_MM(ushort)
+MSL_MM(int)
+MSL_MM(uint)
+MSL_MM(long)
+MSL_MM(ulong)
 #define MSL_MMF(T) \
     MSL_INLINE T min(T a, T b) { return (T)__builtin_fminf(a, b); } \
     MSL_INLINE T max(T a, T b) { return (T)__builtin_fmaxf(a, b); } \
     MSL_INLINE T clamp(T x, T a, T b) { return min(max(x, a), b); }
-    MSL_MMF(float) MSL_MMF(half) MSL_V2(min) MSL_V2(max) MSL_V3(clamp) template <class T, int N>
-    MSL_INLINE msl_vec<T, N> clamp(msl_vec<T, N> x, typename msl_id<T>::type a, typename msl_id<T>::type b) {
+MSL_MMF(float)
+MSL_MMF(half)
+MSL_V2(min)
+MSL_V2(max)
+MSL_V3(clamp)
+template <class T, int N>
+MSL_INLINE msl_vec<T, N> clamp(msl_vec<T, N> x, typename msl_id<T>::type a, typename msl_id<T>::type b) {
     for (int i = 0; i < N; i++) x[i] = clamp((T)x[i], a, b);
     return x;
 }
@@ -567,7 +596,10 @@ template <class T, int N> MSL_INLINE msl_vec<T, N> min(msl_vec<T, N> x, typename
 }
 #define MSL_AB(T) \
     MSL_INLINE T abs(T x) { return x < 0 ? -x : x; }
-MSL_AB(int) MSL_AB(long) MSL_AB(short) MSL_INLINE float abs(float x) { return __builtin_fabsf(x); }
+MSL_AB(int)
+MSL_AB(long)
+MSL_AB(short)
+MSL_INLINE float abs(float x) { return __builtin_fabsf(x); }
 MSL_INLINE half abs(half x) { return (half)__builtin_fabsf(x); }
 MSL_V1(abs)
 MSL_INLINE float saturate(float x) { return clamp(x, 0.0f, 1.0f); }
