@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 
 class Traffic(NamedTuple):
-    "Accesses to device memory; those of one vector, such as a `float4`, are one."
+    """Accesses to device memory, as the compiler leaves them: what it keeps in a register is read once.
+
+    Those of one vector, such as a `float4`, are one; an atomic operation is one write.
+    """
     reads: int = 0
     writes: int = 0
     bytes_read: int = 0
