@@ -167,13 +167,13 @@ def test_a_conversation_that_outgrows_the_context_says_so(folder, capsys, monkey
 def test_bench_appends_a_row_and_prints_it(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 10e9)
     ladder = tmp_path / 'ladder.jsonl'
-    for args, label in ((['--rung', '01'], '01'), (['--rung', '01b'], '01b'), (['--requests', 1, 2], '04a')):
+    for args, label in ((['--rung', '01'], '01'), (['--rung', '01b'], '01b'), (['--requests', 1, 2], '08')):
         code, out, err = in_process(capsys, 'bench', *args, '--model', folder, '--tokens', 3,
                                     '--prompt-tokens', 4, '--repeat', 1, '--ladder', ladder)
         assert code == 0 and str(ladder) in err
         assert f'| {label} |' in out.splitlines()[-1] and '| smollm2 float32 |' in out
     rows = [json.loads(line) for line in ladder.read_text().splitlines()]
-    assert [(r['rung'], r['requests']) for r in rows] == [('01', 1), ('01b', 1), ('04a', 1), ('04a', 2)]
+    assert [(r['rung'], r['requests']) for r in rows] == [('01', 1), ('01b', 1), ('08', 1), ('08', 2)]
     assert all(r['greedy_equal'] and r['workload'] == '4+3' and r['model'] == folder.name for r in rows)
     alone, both = rows[2:]
     assert both['roof_tok_s'] > 1.5 * alone['roof_tok_s'] and both['kernels_per_token'] < 0.7 * alone['kernels_per_token']
@@ -189,7 +189,7 @@ def test_wrong_tokens_are_seen(monkeypatch):
     model = Llama(model_config(config), state)
     monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 10e9)
     work = Workload(prompt_tokens=4, tokens=3, requests=2)
-    assert measure_rung('04a', model, work, repeat=1).greedy_equal
+    assert measure_rung('04a', model, work, repeat=1).greedy_equal and measure_rung('08', model, work, repeat=1).greedy_equal
     sample = Sequence.extend    # the second request says something else once
     monkeypatch.setattr(Sequence, 'extend', lambda seq, tokens: sample(seq, [
         replace(t, token_id=(t.token_id + 1) % 9) if seq.id == (1, 0) and len(seq.sampled) == 1 else t for t in tokens]))

@@ -48,6 +48,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, unpacked):
     assert {p.name for p in unpacked.iterdir()} == {'tinyvllm', f'tinyvllm-{version()}.dist-info'}
     assert files(unpacked / 'tinyvllm', '*.py') == files(ROOT / 'tinyvllm', '*.py')
     assert files(unpacked / 'tinyvllm/metalsim') == files(ROOT / 'tinyvllm/metalsim')
+    assert files(unpacked / 'tinyvllm', '*.h') == files(ROOT / 'tinyvllm', '*.h') == {Path('msl_cuda.h')}
     assert (unpacked / 'tinyvllm/data/ladder.jsonl').read_bytes() == (ROOT / 'nbs/ladder.jsonl').read_bytes()
     assert wheel.name == f'tinyvllm-{version()}-py3-none-any.whl' and wheel.stat().st_size < 1_000_000
 
@@ -66,6 +67,7 @@ def test_sources_of_the_metal_simulator_are_in_the_source_archive(tmp_path):
     with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
         names = set(archive.getnames())
     wanted = {f'tinyvllm-{version()}/tinyvllm/metalsim/{p}' for p in files(ROOT / 'tinyvllm/metalsim')}
+    wanted.add(f'tinyvllm-{version()}/tinyvllm/msl_cuda.h')
     assert len(wanted) > 15 and not wanted - names
 
 

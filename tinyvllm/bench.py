@@ -1,4 +1,6 @@
-"""What `tinyvllm bench` measures: the loops of 01 and 01b on one prompt, the engine of 04a on several.
+"""What `tinyvllm bench` measures: the loops of 01 and 01b on one prompt, the engine on several.
+
+Rung 04a is the engine with portable operations, rung 08 the same with the kernels of the device.
 
 Prompts and answers of one measurement have equal lengths and start together, so every step after the
 first is decoding alone, and its speed can be held against the memory limit.
@@ -15,11 +17,12 @@ from tinyvllm.generate import generate, same_greedy
 from tinyvllm.kvcache import KVCache
 from tinyvllm.llama import Llama, NoCache, kv_bytes, weight_bytes
 from tinyvllm.measure import LadderRow, ladder_row, measure_stream
+from tinyvllm.paged import PagedKVCache, paged_attend
 from tinyvllm.sampling import SamplingParams
 
 __all__ = ['RUNGS', 'Workload', 'engine_stream', 'measure_rung']
 
-RUNGS = {'01': '01_greedy', '01b': '01b_kvcache', '04a': '04a_engine'}  # rung: its notebook
+RUNGS = {'01': '01_greedy', '01b': '01b_kvcache', '04a': '04a_engine', '08': '08_flash'}  # rung: its notebook
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,18 @@ def measure_rung(
 
 def rung_stream(rung: str, model: Llama, work: Workload, prompts: list[list[int]]) -> Callable[[], Iterable]:
     "How a rung starts to answer: a function without arguments that yields what `measure_stream` takes."
-    if rung == '04a':
+    if rung in ('04a', '08'):
+        parts = dict(cache=portable_cache(model, work), attend=paged_attend) if rung == '04a' else {}
         engine = make_engine(model, max_num_seqs=work.requests, max_model_len=work.room,
-                             max_num_batched_tokens=work.requests * work.prompt_tokens)
+                             max_num_batched_tokens=work.requests * work.prompt_tokens, **parts)
         return lambda: engine_stream(engine, prompts, work.tokens)
     cache = {'01': NoCache, '01b': lambda: KVCache(model, work.room)}[rung]
     return lambda: generate(model, prompts[0], work.tokens, cache=cache())
+
+
+def portable_cache(model: Llama, work: Workload, block_size: int = 16) -> PagedKVCache:
+    "A pool with room for all requests, written by tinygrad's own kernels."
+    return PagedKVCache(model, work.requests * -(-work.room // block_size) + 1, block_size)
 
 
 def engine_stream(

@@ -1,4 +1,4 @@
-"The command line: `tinyvllm pull | generate | chat | bench | info`."
+"The command line: `tinyvllm pull | generate | chat | bench | doctor | info`."
 import argparse
 import json
 import os
@@ -60,6 +60,15 @@ examples:
   tinyvllm bench --requests 1 4 16 32              and with more at the same time: a row for each
   tinyvllm bench --rung 01 --tokens 8              the loop without a cache
   tinyvllm bench --ladder mine.jsonl               keep the row elsewhere""",
+    'doctor': """\
+examples:
+  tinyvllm doctor                                  every kernel on this machine, in a minute
+  tinyvllm doctor --cases 200                      as thoroughly as a release
+  tinyvllm doctor --kernel softmax.decode          one of them; `softmax` is all of that module
+  tinyvllm doctor --device METAL                   on Linux: simulated, with races and bounds checked
+  tinyvllm doctor --json > doctor.json             for a program
+
+exit code: 0 if every kernel is right, 1 if one is not, 2 if there is none for the device""",
     'info': """\
 examples:
   tinyvllm info
@@ -85,6 +94,7 @@ def parser() -> Parser:
             (generate, 'Complete a text, word by word, or all texts of a file.', generate_options),
             (chat, 'Talk to a model, with its own chat template.', chat_options),
             (bench, 'Measure decoding and add a row to the ladder.', bench_options),
+            (doctor, 'Check every kernel on this device against float64.', doctor_options),
             (info, 'Show device, compiler, bandwidth, cache and models.', device_option)):
         p = commands.add_parser(run.__name__, help=text, description=text, epilog=EXAMPLES[run.__name__],
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,8 +131,9 @@ def chat_options(p: Parser) -> None:
 
 def bench_options(p: Parser) -> None:
     "Which rung, how much work, where to keep the row."
-    p.add_argument('--rung', default='04a', choices=['01', '01b', '04a'],
-                   help='01: no cache; 01b: KV cache; 04a: the engine, the default')
+    p.add_argument('--rung', default='08', choices=['01', '01b', '04a', '08'],
+                   help='01: no cache; 01b: KV cache; 04a: the engine in portable operations; '
+                        '08: with the kernels of the device, the default')
     p.add_argument('--requests', type=int, nargs='+', default=[1], metavar='N',
                    help='requests at the same time, a row for each number given; default 1')
     p.add_argument('--prompt-tokens', type=int, default=32, metavar='N', help='of each request; default 32')
@@ -130,6 +141,15 @@ def bench_options(p: Parser) -> None:
     p.add_argument('--repeat', type=int, default=3, metavar='N', help='runs; the median counts; default 3')
     p.add_argument('--ladder', metavar='FILE', help='default: nbs/ladder.jsonl in a checkout, else the cache')
     model_options(p)
+
+
+def doctor_options(p: Parser) -> None:
+    "Which kernels, how many cases."
+    p.add_argument('--cases', type=int, default=20, metavar='N', help='of each kernel and dtype; default 20')
+    p.add_argument('--kernel', metavar='NAME', help='this one only: module, module.function, or a name of the table')
+    p.add_argument('--seed', type=int, default=0, metavar='N', help='same seed, same cases; default 0')
+    p.add_argument('--json', action='store_true', help='print a list of objects instead of a table')
+    device_option(p)
 
 
 def device_option(p: Parser) -> None:
@@ -357,8 +377,8 @@ def check_counts(args) -> None:
     for name, value, least in counts + [('requests', n, 1) for n in args.requests]:
         if value < least:
             raise BadInput(f'--{name.replace("_", "-")} is {value}; use {least} or more')
-    if args.rung != '04a' and max(args.requests) > 1:
-        raise BadInput(f'rung {args.rung} answers one request at a time; --requests above 1 needs --rung 04a')
+    if args.rung in ('01', '01b') and max(args.requests) > 1:
+        raise BadInput(f'rung {args.rung} answers one request at a time; --requests above 1 needs --rung 04a or 08')
 
 
 def ladder_path() -> Path:
@@ -371,17 +391,35 @@ def ladder_path() -> Path:
     return cache_dir() / 'ladder.jsonl'
 
 
+def doctor(args) -> int:
+    "`tinyvllm doctor`: check the kernels of a device and print a table for an issue; 1 if one fails."
+    from tinygrad import Device
+    from tinyvllm.doctor import diagnose, heading, table
+    for name, value, least in ('cases', args.cases, 1), ('seed', args.seed, 0):
+        if value < least:
+            raise BadInput(f'--{name} is {value}; use {least} or more')
+    rows = list(diagnose(Device.DEFAULT, args.cases, args.kernel, args.seed))
+    if args.json:
+        for row in rows:
+            if row.trouble: print(f'{row.kernel}: {row.trouble}', file=sys.stderr)
+    print(json.dumps([row.as_json() for row in rows]) if args.json else
+          f'{heading(Device.DEFAULT, args.seed)}\n\n{table(rows)}')
+    return 0 if all(row.ok for row in rows) else 1
+
+
 def info(args) -> None:
     "`tinyvllm info`: what a bug report should hold."
     from importlib.metadata import version
     from tinygrad import Device
     from tinyvllm.device import cache_dir, compiler_name
+    from tinyvllm.doctor import simulated
     from tinyvllm.measure import bandwidth, machine_name
     from tinyvllm.weights import models_found
     device = Device.DEFAULT
+    speed = 'none: METAL is simulated here' if simulated(device) else f'{bandwidth(device) / 1e9:.1f} GB/s measured'
     rows = [('tinyvllm', __version__), ('tinygrad', version('tinygrad')), ('python', platform.python_version()),
             ('device', f'{device} ({machine_name(device)})'), ('compiler', compiler_name()),
-            ('bandwidth', f'{bandwidth(device) / 1e9:.1f} GB/s measured'), ('cache', str(cache_dir()))]
+            ('bandwidth', speed), ('cache', str(cache_dir()))]
     rows += [('model', f'{name}  {size/1e6:.0f} MB  {path}') for name, path, size in models_found()]
     if rows[-1][0] != 'model':
         rows.append(('model', 'none yet; `tinyvllm pull` fetches the default one'))

@@ -70,13 +70,14 @@ class PagedKVCache:
         "Memory it holds, used or not."
         return sum(t.nbytes() for t in self.k + self.v)
 
-# %% ../nbs/04_blocks.ipynb #fac70b81
+# %% ../nbs/04_blocks.ipynb #c90e840a
 @dataclass
 class PagedBatch(InputBatch):
     "A pass over tokens of many sequences, with the places of their keys and values."
     slots: Tensor | None = None     # (T,) int32 slot of the pool that each token is stored in
     tables: Tensor | None = None    # (S, B) int32 blocks of each sequence, padded with block 0
     owners: Tensor | None = None    # (T,) int32 sequence of each token, a row of `tables`
+    starts: Tensor | None = None    # (S + 1,) int32 first token of each sequence, and the end
 
     @classmethod
     def of(cls,
@@ -85,19 +86,18 @@ class PagedBatch(InputBatch):
     ) -> PagedBatch:
         "The tensors of one step, padded to buckets; padding is written to block 0."
         T, S, size = bucket(batch.num_tokens), bucket(len(batch.seqs)), batch.block_size
-        B = bucket(max(map(len, batch.tables)))
-        tokens, positions, slots, owners = flat = np.zeros((4, T), np.int32)
-        tables, rows, t = np.zeros((S, B), np.int32), np.zeros(S, np.int32), 0
+        tokens, positions, slots, owners = np.zeros((4, T), np.int32)
+        tables = np.zeros((S, bucket(max(map(len, batch.tables)))), np.int32)
+        starts = np.cumsum([0, *batch.num_new] + [0] * (S - len(batch.seqs)), dtype=np.int32)
         for s, (seq, n, table) in enumerate(zip(batch.seqs, batch.num_new, batch.tables)):
-            new, first = slice(t, t + n), seq.num_computed
+            new, first = slice(starts[s], starts[s + 1]), seq.num_computed
             tables[s, :len(table)] = table
             positions[new] = place = np.arange(first, first + n)
             tokens[new], owners[new] = seq.token_ids[first:first + n], s
             slots[new] = tables[s, place // size] * size + place % size
-            rows[s], t = t + n - 1, t + n
-        tokens, positions, slots, owners, tables, rows = (
-            Tensor(x, device=device) for x in (*flat, tables, rows))
-        return cls(tokens, positions, rows, batch.seqs[0].num_computed, slots, tables, owners)
+        parts = (tokens, positions, starts[1:] - 1), (slots, tables, owners, starts)
+        head, tail = ([Tensor(x, device=device) for x in part] for part in parts)
+        return cls(*head, batch.seqs[0].num_computed, *tail)
 
     @cached_property
     def token_tables(self) -> Tensor:  # (T, B)
