@@ -8,6 +8,8 @@ os.environ.setdefault('PYTHONHASHSEED', '0')
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
+import tinyvllm  # noqa: E402,F401  picks device and compiler before any test imports tinygrad
+
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='run the tests marked slow too')

@@ -404,3 +404,11 @@ def test_tinygrads_base_classes_are_as_ours_use_them():
     graph = set(GraphRunner.__init__.__code__.co_names)
     missing = {'calls', 'runtimes', 'uop_replace', 'vars', 'device'} - graph
     assert not missing, f'tinygrad changed GraphRunner: no {missing}'
+
+
+def test_tinygrad_imported_first_and_without_a_compiler(tmp_path):
+    "It has no device then; ours is not put in the place of one, and importing tinyvllm is no error."
+    code = ('import tinygrad, tinyvllm, sys; from tinyvllm.metalsim import StandIn; print(StandIn in sys.meta_path)')
+    environment = {'PATH': str(tmp_path), 'HOME': str(tmp_path), 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    assert done.stdout == 'False\n', done.stderr

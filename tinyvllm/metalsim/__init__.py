@@ -64,5 +64,8 @@ def install() -> None:
     if sys.platform == 'darwin' or StandIn in sys.meta_path:
         return
     if tinygrad := sys.modules.get('tinygrad'):
-        tinygrad.Device.DEFAULT  # settle it first: tinygrad tries METAL before all others
+        try:
+            tinygrad.Device.DEFAULT  # settle it first: tinygrad tries METAL before all others
+        except RuntimeError:  # it was imported too early and knows no compiler; it must not choose METAL
+            return
     sys.meta_path.insert(0, StandIn)
