@@ -124,7 +124,8 @@ def paged(counts, dtype, H, K, D, size=16):
     "Queries and a batch whose blocks are shuffled; `counts` holds (new tokens, context before them)."
     rng, blocks = np.random.default_rng(0), [-(-(n + past) // size) for n, past in counts]
     total, S = sum(blocks), len(counts)
-    order, tables = np.split(rng.permutation(total).astype(np.int32), np.cumsum(blocks)[:-1]), np.zeros((S, max(blocks)))
+    order = np.split(rng.permutation(total).astype(np.int32), np.cumsum(blocks)[:-1])
+    tables = np.zeros((S, max(blocks)))
     for row, ids in zip(tables, order):
         row[:len(ids)] = ids
     owners = np.repeat(np.arange(S), [n for n, _ in counts])

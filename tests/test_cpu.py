@@ -288,7 +288,7 @@ MUTANTS = {
         ('k_pool + (long)slots[t] * ROW', 'k_pool + (long)slots[t] * (ROW - 1)'), ('int t = 0', 'int t = 1'),
         ('k[t * ROW + i]', 'k[i]'), ('continue', 'return')],
     'ATTEND': [
-        ('lane + j < valid, *', 'lane + j <= valid, *'), ('lane + j < valid, exp', 'lane + j <= valid, exp'),
+        ('lane + j < valid, exp', 'lane + j <= valid, exp'),
         ('*sum *= keep, ', ''), ('*(vec*)(o + d) *= keep', '*(vec*)(o + d) *= 1'), ('* SCALE', ''),
         ('end = first + n', 'end = first + n - 1'), ('p % SLOTS) * KV', 'p % SLOTS) * GROUP'),
         ('owners[n] == *owners', '1'), ('&& positions[n] == *positions + n', ''),

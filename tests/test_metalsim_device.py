@@ -63,7 +63,8 @@ def test_without_a_compiler_the_command_line_says_what_to_install(tmp_path):
 
 
 def test_fresh_memory_is_not_a_number():
-    assert np.isnan(Tensor.empty(3, device='METAL').contiguous().numpy()).all()
+    size = 12347    # nobody else asks for so many: memory that was used before comes back as it was
+    assert np.isnan(Tensor.empty(size, device='METAL').contiguous().numpy()).all()
 
 
 def test_parts_of_buffers_and_copies_between_devices():

@@ -242,12 +242,13 @@ class KernelText:
         prelude = {'METAL': METAL_PRELUDE, 'CPU': C_PRELUDE}.get(device, '')
         return f'{prelude}{head}#line 1 "{name}"\n{text}'
 
-# %% ../nbs/05_metal.ipynb #69950ac9
+# %% ../nbs/05_metal.ipynb #36fa5491
 class Kernel(KernelText):
     """A kernel to call on tensors; it runs when its result is read, as everything in tinygrad.
 
     A tensor that is part of a larger buffer must begin at a multiple of 16 bytes: kernels load
-    vectors. RESIDENT=4 asks CUDA for 4 threadgroups to a processor; 0 leaves it the choice."""
+    vectors. Outputs are realized together: a kernel runs once for each `realize` that asks for it.
+    RESIDENT=4 asks CUDA for 4 threadgroups to a processor; 0 leaves it the choice."""
     def __call__(self,
         *tensors: Tensor, # buffers in the signature's order, those it writes first
         grid: tuple[int, ...] = (1,), # threadgroups
