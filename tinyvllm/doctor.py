@@ -280,6 +280,7 @@ class Check:
 
     @property
     def name(self) -> str:
+        "As the table has it: the launcher, and in brackets which of its variants."
         variant = self.rung.split('_')[-1].lower() or (f'part={self.part}' if self.part else '')
         variant = variant or ('prompts' if self.operation is Prompts else '')
         return f'{self.kernel}[{variant}]' if variant else self.kernel

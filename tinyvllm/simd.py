@@ -15,7 +15,8 @@ from .paged import PagedBatch, PagedKVCache
 
 # %% auto #0
 __all__ = ['MATVEC_NAIVE', 'MATVEC_COALESCED', 'PACKS', 'MATVEC_VECTOR', 'MATVEC_ROWS', 'KV_WRITE', 'DECODE_SIMPLE', 'element',
-           'check_shapes', 'matvec_sizes', 'matvec', 'kv_write', 'KernelKVCache', 'decode_simple', 'simple_attend']
+           'check_shapes', 'matvec_sizes', 'matvec', 'kv_write', 'KernelKVCache', 'check_attention', 'decode_simple',
+           'simple_attend']
 
 # %% ../nbs/06_simd.ipynb #da0a7a71
 MATVEC_NAIVE = Kernel('''
@@ -227,7 +228,29 @@ kernel void decode_simple(device V* out, device const V* q, device const V* k, d
   if (mine) out[row + lane] = V(mean / weight);
 }''')
 
-# %% ../nbs/06_simd.ipynb #a7cb5cb8
+# %% ../nbs/06_simd.ipynb #9160d2fe
+def check_attention(
+    kernel: Kernel, # for the message
+    q: Tensor, # (T, H, D)
+    k: Tensor, # (N, S, KV, D)
+    v: Tensor, # (N, S, KV, D)
+    tables: Tensor, # (rows, B)
+    owners: Tensor, # (T,)
+    positions: Tensor, # (T,)
+) -> None:
+    "Refuse by name what the kernels do not serve; raises `BadInput`."
+    name = f'kernel {kernel.signature.name}'
+    for what, tensor, axes in (('q', q, 3), ('k', k, 4), ('tables', tables, 2)):
+        if tensor.ndim != axes:
+            raise BadInput(f"{name}: '{what}' has shape {tensor.shape}; it takes {axes} axes")
+    (T, H, D), (N, S, KV, _) = q.shape, k.shape
+    if D % 16 or D > 128:
+        raise BadInput(f'{name}: the head dimension is {D}; it takes multiples of 16 up to 128')
+    if H % KV: raise BadInput(f'{name}: {H} query heads cannot share {KV} KV heads')
+    check_shapes(kernel, k=(k, (N, S, KV, D)), v=(v, k.shape), owners=(owners, (T,)),
+                 positions=(positions, (T,)))
+
+# %% ../nbs/06_simd.ipynb #cf926a6a
 def decode_simple(
     q: Tensor, # (T, H, D)
     k: Tensor, # (N, S, K, D) keys: N blocks of S slots
@@ -237,13 +260,9 @@ def decode_simple(
     positions: Tensor, # (T,) int32 each token sees its sequence up to here
 ) -> Tensor: # (T, H, D)
     "Attention through block tables, a simdgroup for each token and head. Raises `BadInput`."
-    E, (T, H, D), (_, S, K, _), (R, B) = element(DECODE_SIMPLE, q=q), q.shape, k.shape, tables.shape
-    if D % 16 or D > 128:
-        raise BadInput(f'kernel decode_simple: the head dimension is {D}; '
-                       'it takes multiples of 16 up to 128')
-    if H % K: raise BadInput(f'kernel decode_simple: {H} query heads cannot share {K} KV heads')
-    check_shapes(DECODE_SIMPLE, k=(k, (*k.shape[:3], D)), v=(v, k.shape), owners=(owners, (T,)),
-                 positions=(positions, (T,)))
+    E = element(DECODE_SIMPLE, q=q)
+    check_attention(DECODE_SIMPLE, q, k, v, tables, owners, positions)
+    (T, H, D), (_, S, K, _), (R, B) = q.shape, k.shape, tables.shape
     out = Tensor.empty(T, H, D, dtype=q.dtype, device=q.device)
     return DECODE_SIMPLE(
         out, q, k, v, tables, owners, positions, grid=(H, T), threads=(32,),
