@@ -547,6 +547,7 @@ def test_several_tokens_in_one_step():
     "What speculation will do: the last token is said, all others are computed."
     seq = Sequence('a', [5, 6], SamplingParams(max_tokens=4, stop_token_ids=(9,)), (EOS,))
     said = lambda *ids: [Sampled(i, -0.5, None) for i in ids]
+    seq.num_computed = 2
     seq.extend(said(7, 8))
     assert (seq.num_tokens, seq.num_computed, seq.finish_reason) == (4, 3, None)
     seq.extend(said(9, 7, 7))

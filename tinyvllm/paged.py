@@ -177,7 +177,7 @@ def free_memory(
     query = 'nvidia-smi', '--query-gpu=memory.free', '--format=csv,noheader,nounits'
     return int(subprocess.check_output(query, text=True).split()[0]) * 2**20
 
-# %% ../nbs/04_blocks.ipynb #b2406df4
+# %% ../nbs/04_blocks.ipynb #95d8ecd9
 @dataclass(frozen=True)
 class EngineArgs:
     "How large an engine is, under vLLM's names. Raises `BadInput`."
@@ -187,10 +187,11 @@ class EngineArgs:
     max_num_seqs: int = 256         # most sequences that run at once
     max_num_batched_tokens: int = 512   # most tokens of one step
     max_model_len: int | None = None    # longest sequence; None: the model's context
+    num_scheduler_steps: int = 1    # tokens of each sequence for one decision of the scheduler
 
     def __post_init__(self):
         least = dict(num_blocks=2, block_size=1, max_num_seqs=1, max_num_batched_tokens=1,
-                     max_model_len=2)
+                     max_model_len=2, num_scheduler_steps=1)
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:

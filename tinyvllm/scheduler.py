@@ -14,16 +14,34 @@ from .errors import BadInput
 from .sampling import Sampled, Sampler, SamplingParams
 
 # %% auto #0
-__all__ = ['Status', 'Sequence', 'Batch', 'WaitingQueue', 'Roster', 'Reception', 'Planner', 'Scheduler']
+__all__ = ['Status', 'Progress', 'Sequence', 'Batch', 'WaitingQueue', 'Roster', 'Reception', 'Admission', 'Planner', 'Ledger',
+           'Scheduler']
 
-# %% ../nbs/03_batching.ipynb #b65c4684
+# %% ../nbs/03_batching.ipynb #8b70a82f
 class Status(Enum):
     "Where a sequence is. Running ones hold blocks, the others none."
     WAITING, RUNNING, FINISHED = range(3)
 
-# %% ../nbs/03_batching.ipynb #e253d2ef
-class Sequence:
-    "One answer in the making: its tokens, and for how many of them keys and values are stored."
+class Progress:
+    "How many tokens there are, and for how many of them keys and values are stored."
+    def __init__(self, prompt_ids: list[int], max_tokens: int):
+        self.token_ids, self.num_prompt = list(prompt_ids), len(prompt_ids)
+        self.max_tokens = max_tokens
+        self.sampled: list[Sampled] = []    # the answer, with logprobs
+        self.num_computed = self.in_flight = 0    # in flight: sampled on the device, not known here
+
+    @property
+    def num_tokens(self) -> int: return len(self.token_ids) + self.in_flight
+
+    @property
+    def num_left(self) -> int:
+        "Tokens to compute. If the last one of the answer is in flight, nobody needs its successor."
+        last = self.in_flight and len(self.sampled) + self.in_flight >= self.max_tokens
+        return self.num_tokens - self.num_computed - bool(last)
+
+# %% ../nbs/03_batching.ipynb #f9b9a9c4
+class Sequence(Progress):
+    "One answer in the making."
     def __init__(self,
         id: Hashable, # unique among the unfinished ones
         prompt_ids: list[int], # at least one token
@@ -32,30 +50,29 @@ class Sequence:
         priority: int = 0, # smaller goes first
         parent: Sequence | None = None, # the first answer to the same prompt: lends its blocks
     ):
+        super().__init__(prompt_ids, params.max_tokens)
         self.id, self.params, self.parent = id, params, parent
-        self.token_ids, self.num_prompt = list(prompt_ids), len(prompt_ids)
-        self.num_computed, self.status, self.rank = 0, Status.WAITING, (priority, 0)
+        self.status, self.rank = Status.WAITING, (priority, 0)
         self.eos_ids = () if params.ignore_eos else eos_ids
-        self.sample, self.sampled = Sampler(params, prompt_ids), []    # the answer, with logprobs
+        self.sample = Sampler(params, prompt_ids)
         self.finish_reason = self.stop_reason = self.error = None
-
-    @property
-    def num_tokens(self) -> int: return len(self.token_ids)
 
     def extend(self, tokens: list[Sampled]) -> None:
         "Take new tokens, up to one that ends the answer. All but the last are computed."
+        self.in_flight = max(0, self.in_flight - len(tokens))
         for token in tokens:
             self.sampled.append(token); self.token_ids.append(int(token))
             self.finish_reason = self._ends(int(token))
             if self.finish_reason: break
-        self.num_computed = self.num_tokens - 1
+        if self.num_computed and not self.in_flight:    # else preempted, or not all is here
+            self.num_computed = self.num_tokens - 1
 
     def _ends(self, token: int) -> str | None:
         if token in self.eos_ids: return 'stop'
         if token in self.params.stop_token_ids: self.stop_reason = token; return 'stop'
         return 'length' if len(self.sampled) >= self.params.max_tokens else None
 
-# %% ../nbs/03_batching.ipynb #e0fd3b61
+# %% ../nbs/03_batching.ipynb #58468138
 @dataclass
 class Batch:
     "One step: which sequences compute how many tokens, and into which blocks."
@@ -65,6 +82,7 @@ class Batch:
     tables: list[list[int]] = field(default_factory=list)   # blocks that each owns
     copies: list[tuple[int, int]] = field(default_factory=list)   # to do first: (from, to)
     num_tokens: int = 0                                     # sum of `num_new`
+    steps: int = 1                                          # tokens for each, before it is asked
 
     def add(self, seq: Sequence, n: int, table: list[int], copies: list[tuple[int, int]]) -> None:
         self.seqs.append(seq); self.num_new.append(n); self.tables.append(table)
@@ -89,7 +107,7 @@ class WaitingQueue:
 
     def pop(self) -> Sequence: return heappop(self.heap)[1]
 
-# %% ../nbs/03_batching.ipynb #a75f4871
+# %% ../nbs/03_batching.ipynb #abe1706f
 class Roster:
     "Who waits and who runs. Moves sequences between the two, and their blocks with them."
     def __init__(self, blocks: BlockManager):
@@ -122,7 +140,7 @@ class Roster:
         if seq.status is Status.RUNNING:
             self.blocks.free(seq.id)
             del self.running[bisect_left(self.running, seq.rank, key=lambda s: s.rank)]
-        seq.status, seq.finish_reason = Status.FINISHED, reason
+        seq.status, seq.finish_reason, seq.in_flight = Status.FINISHED, reason, 0
         self.ended.append(self.sequences.pop(seq.id))
 
 # %% ../nbs/03_batching.ipynb #ab9705b9
@@ -144,8 +162,24 @@ class Reception(Roster):
         if id not in self.sequences: raise BadInput(f'no request {id!r} is waiting or running')
         self.finish(self.sequences[id], 'abort')
 
-# %% ../nbs/03_batching.ipynb #7a8ec05a
-class Planner(Reception):
+# %% ../nbs/03_batching.ipynb #16d4c225
+class Admission(Reception):
+    "Gives waiting sequences their first blocks."
+    def admit(self, seq: Sequence) -> bool:
+        "A block table for a waiting sequence, if the pool has room for all its tokens."
+        parent, shared = seq.parent, seq.num_prompt - 1    # its own last token gives the scores
+        if seq.in_flight: return False    # preempted, and its last token is not known yet
+        if parent and parent.status is Status.RUNNING and shared:
+            if parent.num_computed < shared: return False    # the shared prompt is on its way
+            self.blocks.fork(parent.id, seq.id, shared)
+            seq.num_computed = shared
+        else: self.blocks.allocate(seq.id)
+        if self.blocks.can_allocate(seq.id, seq.num_tokens - seq.num_computed): return True
+        self.blocks.free(seq.id); seq.num_computed = 0
+        return False
+
+# %% ../nbs/03_batching.ipynb #226770b6
+class Planner(Admission):
     "Fills a step: running sequences first, then waiting ones, under one budget of tokens."
     def __init__(self,
         blocks: BlockManager, # the pool
@@ -161,26 +195,41 @@ class Planner(Reception):
 
     def compute(self, seq: Sequence, batch: Batch) -> bool:
         "Put a sequence into the step; False if the pool has no blocks for it."
-        n = min(seq.num_tokens - seq.num_computed, self.left(batch))
+        n = min(seq.num_left, self.left(batch))
+        if not n: return True    # its last token is on its way
         if not self.blocks.can_allocate(seq.id, n): return False
         copies = self.blocks.append(seq.id, n)
         batch.add(seq, n, self.blocks.tables[seq.id].ids, copies)
         return True
 
-    def admit(self, seq: Sequence) -> bool:
-        "A block table for a waiting sequence, if the pool has room for all its tokens."
-        parent, shared = seq.parent, seq.num_prompt - 1    # its own last token gives the scores
-        if parent and parent.status is Status.RUNNING and shared:
-            if parent.num_computed < shared: return False    # the shared prompt is on its way
-            self.blocks.fork(parent.id, seq.id, shared)
-            seq.num_computed = shared
-        else: self.blocks.allocate(seq.id)
-        if self.blocks.can_allocate(seq.id, seq.num_tokens - seq.num_computed): return True
-        self.blocks.free(seq.id); seq.num_computed = 0
-        return False
+# %% ../nbs/03_batching.ipynb #c8fd5f5f
+class Ledger(Planner):
+    "Books what a step computes, and later what it has said."
+    def advance(self, batch: Batch) -> None:
+        "The device has the step: what it computes is there for the next one."
+        for i, (seq, n) in enumerate(zip(batch.seqs, batch.num_new)):
+            if seq.status is not Status.RUNNING: continue    # aborted meanwhile
+            seq.in_flight += batch.steps * batch.speaks(i)
+            seq.num_computed += n + batch.steps - 1
 
-# %% ../nbs/03_batching.ipynb #e5e2808b
-class Scheduler(Planner):
+    def settle(self,
+        batch: Batch, # what `schedule` returned
+        tokens: list[list[Sampled] | Exception], # for each sequence: what it said, or why it failed
+    ) -> list[Sequence]: # those that said something or ended
+        "Append, stop, free."
+        changed = []
+        for seq, new in zip(batch.seqs, tokens):
+            if seq.status is Status.FINISHED: continue    # aborted while the device worked
+            if isinstance(new, Exception):
+                seq.error = new; self.finish(seq, 'error'); continue
+            if new: seq.extend(new)
+            if seq.finish_reason: self.finish(seq, seq.finish_reason)
+            elif new: changed.append(seq)
+        ended, self.ended = self.ended, []
+        return changed + ended
+
+# %% ../nbs/03_batching.ipynb #b13da7d7
+class Scheduler(Ledger):
     "Decides, step by step, who computes how many tokens. First come, first served."
     def schedule(self) -> Batch:
         "The next step. If the pool runs dry, the last that runs makes room."
@@ -196,17 +245,8 @@ class Scheduler(Planner):
 
     def update(self,
         batch: Batch, # what `schedule` returned
-        tokens: list[list[Sampled] | Exception], # for each sequence: what it said, or why it failed
+        tokens: list[list[Sampled] | Exception], # what the runner made of it
     ) -> list[Sequence]: # those that said something or ended
-        "Append, stop, free."
-        changed = []
-        for seq, n, new in zip(batch.seqs, batch.num_new, tokens):
-            if seq.status is not Status.RUNNING: continue    # aborted while the device worked
-            if isinstance(new, Exception):
-                seq.error = new; self.finish(seq, 'error'); continue
-            seq.num_computed += n
-            if new: seq.extend(new)
-            if seq.finish_reason: self.finish(seq, seq.finish_reason)
-            elif new: changed.append(seq)
-        ended, self.ended = self.ended, []
-        return changed + ended
+        "The step is done. Tokens that come later are told `advance` and `settle` apart."
+        self.advance(batch)
+        return self.settle(batch, tokens)
