@@ -329,7 +329,7 @@ WIDE kernel void attend(device T* out, device const T* q, device const T* k, dev
   }
 }''')
 
-# %% ../nbs/06b_cpu.ipynb #a34bab14
+# %% ../nbs/06b_cpu.ipynb #236a22f5
 def attend(
     q: Tensor, # (T, H, D) queries
     k: Tensor, # (N, S, K, D) keys: N blocks of S slots
@@ -350,10 +350,11 @@ def attend(
     if H % K or D % 16:
         raise BadInput(f'kernel attend: {H} query heads over {K} KV heads of size {D}; it takes a '
                        'multiple of the KV heads, and a size that is a multiple of 16')
-    out = Tensor.empty(T, H, D, dtype=q.dtype, device=q.device)
+    out, slots = Tensor.empty(T, H, D, dtype=q.dtype, device=q.device), tables.numel() * k.shape[1]
+    moved = 2 * q.nbytes() + 2 * min(k.nbytes(), slots * K * D * k.dtype.itemsize)
     return ATTEND(out, q, k, v, tables, owners, positions, T=kind, TOKENS=T, H=H, GROUP=H // K, D=D,
                   SLOTS=k.shape[1], B=tables.shape[1], TILE=max(1, rows * K // H), KEYS=keys,
-                  WIDTH=D, SCALE=D**-0.5, PREFETCH=prefetch)
+                  WIDTH=D, SCALE=D**-0.5, PREFETCH=prefetch, nbytes=moved)
 
 def cpu_attend(q: Tensor, k: Tensor, v: Tensor, batch: PagedBatch) -> Tensor:  # (T, H, D)
     "The engine's attention on a processor: `LLM(model, attend=cpu_attend)`."

@@ -242,7 +242,7 @@ class KernelText:
         prelude = {'METAL': METAL_PRELUDE, 'CPU': C_PRELUDE}.get(device, '')
         return f'{prelude}{head}#line 1 "{name}"\n{text}'
 
-# %% ../nbs/05_metal.ipynb #36fa5491
+# %% ../nbs/05_metal.ipynb #0138e73a
 class Kernel(KernelText):
     """A kernel to call on tensors; it runs when its result is read, as everything in tinygrad.
 
@@ -251,7 +251,7 @@ class Kernel(KernelText):
     RESIDENT=4 asks CUDA for 4 threadgroups to a processor; 0 leaves it the choice."""
     def __call__(self,
         *tensors: Tensor, # buffers in the signature's order, those it writes first
-        grid: tuple[int, ...] = (1,), # threadgroups
+        grid: tuple[int, ...] = (1,), # threadgroups of a GPU
         threads: tuple[int, ...] = (1,), # in a threadgroup
         ops: int = 0, # arithmetic operations, for tinygrad's counters
         nbytes: int | None = None, # bytes read and written; None: all of every buffer
@@ -261,6 +261,7 @@ class Kernel(KernelText):
         kernel = self.signature
         check_sizes(kernel, grid, threads)
         device = check_tensors(kernel, tensors, constants)
+        if device == 'CPU': grid = threads = (1,)    # its text does all the work in one call
         source = self.source(device, prod(threads), constants)
         check_compiles(kernel.name, source, device)
         size = sum(t.nbytes() for t in tensors) if nbytes is None else nbytes

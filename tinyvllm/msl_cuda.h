@@ -91,6 +91,7 @@ namespace metal {
   template <class T, int N> MSL msl_vec<T, N> simd_sum(msl_vec<T, N> v) { for (int i = 0; i < N; i++) v[i] = simd_sum(v[i]); return v; }
 
   enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+  MSL mem_flags operator|(mem_flags a, mem_flags) { return a; }
   MSL void threadgroup_barrier(mem_flags) { __syncthreads(); }
   MSL void simdgroup_barrier(mem_flags) { __syncwarp(); }
 }
