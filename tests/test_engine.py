@@ -203,7 +203,8 @@ def test_a_stream_grows_to_the_answer_and_leaving_it_frees_the_blocks(model):
 
 
 def test_an_error_while_sampling_ends_one_request(model):
-    llm = LLM(model, num_blocks=32)
+    cache = PagedKVCache(model, 32)
+    llm = LLM(model, cache=cache, runner=EagerRunner(model, cache, paged_attend))
     prompts = [[1, 2, 3], [4, 5], [6]]
     want = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy(5), use_tqdm=False)]
     outputs = [llm.batcher.add(p, greedy(5)) for p in prompts]
@@ -311,6 +312,7 @@ def test_ids_of_requests(model):
     with pytest.raises(BadInput, match="'a'"):
         engine.abort('a')
     engine.add_request('a', [1, 2], greedy(1))
+    assert engine.step() == []    # on its way
     assert engine.step()[0].outputs[0].finish_reason == 'length'
 
 
