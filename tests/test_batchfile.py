@@ -285,7 +285,7 @@ def test_options_of_the_command_line(folder, tmp_path, capsys, monkeypatch):  # 
     def engine(*args, **sizes): made.append(sizes); raise BadInput('stop here')
     monkeypatch.setattr('tinyvllm.engine.load_engine', engine)
     code, printed, err = in_process(capsys, *batch_args(folder, prompts, out))
-    assert made == [dict(dtype='auto', max_num_seqs=2, num_blocks=9, max_num_batched_tokens=4)]
+    assert made == [dict(dtype='auto', quantization=None, max_num_seqs=2, num_blocks=9, max_num_batched_tokens=4)]
     assert code == 2 and printed == '' and err == 'tinyvllm: error: stop here\n'
     for args, names in ((['--prompts', tmp_path / 'missing', '--out', out], 'missing'), (['--prompts', prompts, '--out', prompts], 'holds'),
                         (['--prompts', prompts], '--out'), (['x', '--prompts', prompts, '--out', out], 'not both'),
