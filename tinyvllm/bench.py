@@ -471,9 +471,8 @@ def measure_trace(
 
     def run(batch):
         engine = make_engine(model, max_num_seqs=batch, max_model_len=room, **(options or {}))
-        for desc in ['warm-up'] * warm + ['trace' if batch > 1 else 'sequential']:
-            result = serve(engine, drawn, desc)
-        return result
+        if warm: serve(engine, drawn, 'warm-up')
+        return serve(engine, drawn, 'trace' if batch > 1 else 'sequential')
     served, watches = run(batch)
     row = dict(batch=batch, requests=trace.requests, context=trace.longest_prompt, tokens=trace.longest_answer,
                prompt_tokens=sum(len(p) for _, p, _ in drawn), generated_tokens=served.tokens, rate=trace.rate,
