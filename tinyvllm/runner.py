@@ -132,7 +132,7 @@ def host_visible(
     view = both.uop.base.buffer.as_memoryview(force_zero_copy=True)
     return both, np.frombuffer(view, np.int32)
 
-# %% ../nbs/07_tinyjit.ipynb #19fede56
+# %% ../nbs/07_tinyjit.ipynb #684ca200
 PUBLISH = Kernel('''
 kernel void publish(device int* mail, device int* last, device const int* ids,
     device const float* scores, device const int* tops, device const float* below,
@@ -152,7 +152,7 @@ kernel void publish(device int* mail, device int* last, device const int* ids,
     device const int* ticket) {
   int* page = mail + ticket[0] % PAGES * SIZE;
   for (int i = 0; i < ROWS; i++) page[1 + i] = last[i] = ids[i];
-  __builtin_memcpy(page + 1 + ROWS, scores, 8 * ROWS);
+  for (int i = 0; i < 2 * ROWS; i++) ((float*)page)[1 + ROWS + i] = scores[i];
   for (int i = 0; i < TOP * ROWS; i++) page[1 + 3 * ROWS + i] = tops[i];
   for (int i = 0; i < TOP * ROWS; i++) ((float*)page)[1 + (3 + TOP) * ROWS + i] = below[i];
   page[0] = ticket[0];
