@@ -403,6 +403,12 @@ def test_leaving_a_stream_aborts_its_request_and_no_other(model):
     assert all_free(llm) and not llm.engine.has_unfinished_requests()
 
 
+async def begun(llm):
+    "Wait until a request has reached the engine."
+    while not llm.engine.requests:
+        await asyncio.sleep(0.001)
+
+
 def test_async_errors_reach_their_caller_only(model):
     llm = LLM(model, num_blocks=64)
 
@@ -412,10 +418,10 @@ def test_async_errors_reach_their_caller_only(model):
 
     async def main():
         engine = AsyncEngine(llm.engine)
-        good = asyncio.create_task(read(engine, [1, 2, 3], greedy(12), request_id='mine'))
-        await asyncio.sleep(0.2)
-        await fails(read(engine, [], greedy(2)), BadInput, 'empty')
+        good = asyncio.create_task(read(engine, [1, 2, 3], greedy(800), request_id='mine'))
+        await begun(llm)
         await fails(read(engine, [1], greedy(2), request_id='mine'), BadInput, "'mine' is in use")
+        await fails(read(engine, [], greedy(2)), BadInput, 'empty')
         await fails(read(engine, [1] * 1023 + [2], greedy(2)), BadInput, '1024 tokens')
         await fails(engine.abort('nobody'), BadInput, "'nobody'")
         tokens, _ = await good
@@ -424,13 +430,13 @@ def test_async_errors_reach_their_caller_only(model):
         llm.engine.runner = runner
         after, _ = await read(engine, [1], greedy(2))
         hanging = asyncio.create_task(read(engine, [5], greedy(900)))
-        await asyncio.sleep(0.3)
+        await begun(llm)
         engine.shutdown()
         await fails(hanging, RuntimeError, 'shut down')
         await fails(read(engine, [1], greedy(2)), RuntimeError, 'shut down')
         return tokens, after
     tokens, after = asyncio.run(main())
-    assert is_greedy(model, [1, 2, 3], tokens) and len(tokens) == 12 and is_greedy(model, [1], after)
+    assert is_greedy(model, [1, 2, 3], tokens) and len(tokens) == 800 and is_greedy(model, [1], after)
     assert all_free(llm) and threading.active_count() < 10
 
 
@@ -440,7 +446,7 @@ def test_abort_ends_the_stream(model):
     async def main():
         engine = AsyncEngine(llm.engine)
         stream = asyncio.create_task(read(engine, [1, 2, 3], greedy(900), request_id=1))
-        await asyncio.sleep(0.5)
+        await begun(llm)
         await engine.abort(1)
         tokens, _ = await stream
         engine.shutdown()
