@@ -33,6 +33,7 @@ from tinyvllm.doctor import repeated, simulated
 from tinyvllm.gpu_linear import gpu_embed, gpu_linear, gpu_swiglu
 from tinyvllm.measure import commit, machine_name
 from tinyvllm.quant import Packed, format_of
+from tinyvllm.runner import use_graph
 from kernels import ROUNDS, Chain, TorchChain, copies, forget, race, random, reason, share_context, torch, FULL
 
 OUT = Path(__file__).parent / 'results' / 'gpu_linear.jsonl'
@@ -40,7 +41,7 @@ MATRICES = {    # rows, columns, and what a layer asks of the launch
     'qkv': (2560, 2048, 'norm'), 'o': (2048, 2048, 'add'), 'gate_up': (11264, 2048, 'gated'),
     'down': (2048, 5632, 'add'), 'head': (32000, 2048, 'norm')}
 FORMATS = ('f16', 'int8', 'int4-g32', 'int8-g32', 'q4_1', 'int4-g32-zp', 'q4_k', 'q6_k')
-TOKENS = (1, 32, 2048, 8, 256, 64)    # the most wanted first
+TOKENS = (1, 32, 2048, 8, 256, 16, 64)    # the most wanted first
 CHECKED = (1, 2, 3, 4, 8, 16, 17, 32, 64, 128, 256, 512, 2048)
 ROTATION = 2**27    # bytes of weights in a race
 
@@ -56,13 +57,14 @@ matrix_units = partial(sized, 'tiles', 'BM BN BK WM WN')
 lanes = partial(sized, 'lanes', 'SIMDS ROWS UNROLL TOKENS')
 CANDIDATES = {    # by tokens, beside what the package chooses; f16 tries all of them, other formats the first ones
     'CUDA': {
-        1: stream((1, 16, 4, 1, 2), (1, 8, 4, 1, 4), (1, 8, 2, 1, 5), (1, 4, 4, 1, 6), (1, 16, 2, 1, 3),
-                  (2, 8, 2, 1, 3), (1, 8, 4, 2, 4)) + lanes((8, 2, 2, 1)),
-        8: stream((1, 16, 4, 1, 2), (1, 8, 4, 1, 3), (2, 8, 2, 1, 3), (1, 8, 4, 2, 3)),
-        32: stream((1, 16, 2, 1, 1), (2, 8, 1, 1, 2), (2, 8, 2, 2, 2), (1, 8, 2, 1, 3), (4, 4, 1, 4, 3),
-                   (2, 4, 2, 1, 4), (2, 8, 2, 4, 2), (4, 8, 1, 2, 1), (4, 8, 1, 4, 1)),
-        64: stream((1, 8, 2, 1, 2), (2, 8, 2, 1, 1), (2, 8, 2, 2, 1), (2, 4, 2, 2, 3), (2, 8, 1, 4, 1))
-        + tiles((64, 64, 64, 3, 2, 2, 3)),
+        1: stream((1, 16, 4, 1, 2), (1, 8, 4, 1, 4), (1, 32, 2, 1, 1), (1, 32, 4, 1, 1), (1, 24, 4, 1, 1), (1, 4, 4, 1, 6),
+                  (1, 8, 2, 1, 5), (1, 16, 2, 1, 3), (2, 8, 2, 1, 3)) + lanes((8, 2, 2, 1)),
+        8: stream((1, 16, 4, 1, 2), (1, 8, 4, 1, 3), (2, 8, 2, 1, 3), (1, 32, 2, 1, 1)),
+        16: stream((1, 16, 3, 1, 1), (1, 8, 3, 1, 3), (2, 8, 2, 1, 2), (1, 16, 4, 1, 1), (2, 4, 2, 1, 5)),
+        32: stream((1, 16, 2, 1, 1), (2, 8, 1, 1, 2), (2, 4, 2, 1, 4), (2, 8, 2, 1, 2), (1, 8, 2, 1, 3),
+                   (2, 4, 1, 1, 5), (1, 4, 4, 1, 5)) + tiles((32, 64, 64, 3, 1, 4, 4), (32, 128, 32, 3, 1, 4, 4)),
+        64: stream((2, 8, 1, 1, 1), (2, 4, 2, 1, 2), (1, 8, 2, 1, 2), (2, 8, 2, 1, 1))
+        + tiles((64, 64, 64, 3, 2, 2, 3), (64, 128, 32, 3, 1, 4, 3), (64, 64, 32, 4, 2, 2, 4)),
         256: tiles((64, 64, 64, 3, 2, 2, 3), (64, 128, 32, 3, 1, 4, 3), (128, 128, 32, 3, 2, 2, 2),
                    (64, 64, 32, 4, 2, 2, 4), (128, 64, 32, 4, 2, 2, 3), (64, 64, 64, 3, 1, 2, 4)),
         2048: tiles((128, 128, 32, 3, 2, 2, 2), (128, 128, 32, 3, 2, 4, 2), (128, 256, 32, 2, 2, 4, 1),
@@ -85,9 +87,8 @@ def candidates(T: int) -> list[dict]:
 def tried(name: str, what: str, T: int) -> list[dict]:
     "The candidates of a race: for another format than f16 the first ones; for a matrix behind a norm, where that goes."
     N, K, use = MATRICES[what]
-    few = None if name == 'f16' else 4 if T == 1 else 3 if T <= 64 else 0
-    other = dict(NORM=2) if T <= 8 else dict(NORM=0)     # on the way, or a launch of its own
-    norms = [other] if wide(what) and Device.DEFAULT.startswith('CUDA') and T <= 64 and name == 'f16' else []
+    few = None if name == 'f16' else 6 if T <= 64 else 0
+    norms = [dict(NORM=0)] if wide(what) and T <= 8 and name == 'f16' else []    # in a launch of its own
     return [c for c in candidates(T)[:few] if fits(c, T, use == 'gated')] + norms
 
 
@@ -352,6 +353,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f'{about["machine"]} ({device}), tinygrad {about["tinygrad"]}, torch {about["torch"]}', flush=True)
         if device.startswith('CUDA'):
             if torch: share_context()
+            use_graph(device)
             with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), get_context('spawn')) as pool:
                 compile_all(args, real, pool)
         print(f'{time.monotonic() - start:.0f} s', flush=True)

@@ -340,7 +340,7 @@ MUTANTS = {
         'halves of k swapped': ('lane / 16) ^ turn_a', '1 - lane / 16) ^ turn_a')}}
 HOW = {'lanes': dict(rung='lanes', SIMDS=2, ROWS=2, TOKENS=2),
        'matrix': dict(rung='tiles', BM=16, BN=32, BK=32, WM=1, WN=2), 'stream': dict(rung='stream', **STREAMS[0]),
-       'way': dict(rung='stream', **STREAMS[0]), 'tiles': dict(rung='tiles', **BLOCKS[0])}
+       'way': dict(rung='stream', NORM=2, **STREAMS[0]), 'tiles': dict(rung='tiles', **BLOCKS[0])}
 CASES = {'lanes': [Wanted('int4-g32', 3, 11, 1088, norm=True), Wanted('f16', 3, 22, 264, gated=True)],
          'matrix': [Wanted('int4-g32', 18, 43, 96, add=True), Wanted('f16', 9, 44, 40, gated=True)],
          'stream': [Wanted('int4-g32', 3, 43, 672, norm=True), Wanted('int4-g32', 3, 42, 96, gated=True)],

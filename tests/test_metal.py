@@ -399,8 +399,8 @@ def test_the_translation_keeps_lines_and_drops_address_spaces():
     assert not re.search(r'\b(device|threadgroup)\b', text) and '[[' not in text and 'a vector' not in text
     assert 'MSL_TG(parts, [SIMDS], float);' in body[5]
     assert re.sub(r'\s+', ' ', entry) == (
-        'extern "C" __global__ void __launch_bounds__(96, RESIDENT) sums( float* y, const V* __restrict__ x) { '
-        'metal::sums(y, x, uint(blockIdx.x), '
+        'extern "C" __global__ void __launch_bounds__(96, RESIDENT) sums( float* y, const V* x) { '
+        'follow(); metal::sums(y, x, uint(blockIdx.x), '
         'uint((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z))), '
         'uint((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32), '
         'uint((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) / 32)); } ')

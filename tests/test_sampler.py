@@ -240,7 +240,7 @@ MUTANTS = {
         ('a.mass >= goal', '2 * a.mass >= goal'),
         ('least == before ? min_of(ties, need) : need', 'V'),
         ('(z[i] - top) / TEMPERATURE', 'z[i] - top'),
-        ('add += exp(l[i] - high)', 'add += exp(z[i] - high)'),
+        ('exp(y - higher)', 'exp(z[i] - higher)'),
         ('for (int j = 0; j < int(me); j++) ties -= int(sums[j]);', ''),
         ('before <= goal && goal < before + mine', 'before <= goal'),
         ('float m = 0;', 'float m = lane == 3;'),

@@ -122,7 +122,7 @@ def test_each_key_is_read_once_for_its_group(lengths):
     D, H, KV, S, dtype = 64, 8, 2, 16, np.float16
     args = case(np.random.default_rng(2), lengths, D, H, KV, S, dtype)
     with metalsim.counting() as counts:
-        decode(*metal(args)).realize()
+        decode(*metal(args), HEADS=4).realize()
         decode_split(*metal(args), part=64).realize()
     tiles = sum(-(-n // 32) for n in lengths)     # the last one repeats a key instead of reading beyond
     for dispatch in counts:
@@ -264,7 +264,7 @@ DECODE_MUTANTS = {
     'all heads on the first KV head': ('kv = head / (H / KV)', 'kv = 0'),
     'no scale': ('float4(q[(t * H + head) * D4 + n]) * SCALE', 'float4(q[(t * H + head) * D4 + n])'),
     'repeated keys count': ('tile + i < last ? x[g][0] : MASKED', 'x[g][0]'),
-    'reads beyond the last key': ('min(tile + i, last - 1)', 'min(tile + i, B * S - 1)'),
+    'reads beyond the last key': ('min((tile) + i, last - 1)', 'min((tile) + i, B * S - 1)'),
     'sums of lanes go astray': ('simd_shuffle_xor(give, w)', 'simd_shuffle_xor(give, 1)'),
     'the wrong half is kept': ('keep = l & w ? x[g][j + w] : x[g][j]', 'keep = x[g][j]'),
     'a largest score per lane': ('simd_max(score)', 'score'),

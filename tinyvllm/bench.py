@@ -27,8 +27,7 @@ from tinyvllm.fusion import FusedLlama, best_model
 from tinyvllm.generate import bucket, generate, same_greedy
 from tinyvllm.kvcache import KVCache
 from tinyvllm.llama import InputBatch, Llama, NoCache, dense_attend, kv_bytes, model_config, weight_bytes
-from tinyvllm.measure import (LadderRow, Stopwatch, bandwidth, counting, ladder_row, measure_stream,
-                              synchronize)
+from tinyvllm.measure import LadderRow, Stopwatch, bandwidth, counting, ladder_row, measure_stream
 from tinyvllm.paged import EagerRunner, PagedKVCache, paged_attend
 from tinyvllm.quant import Packed, PackedLlama, load_packed, packed_state
 from tinyvllm.sampling import SamplingParams
@@ -263,13 +262,10 @@ class Run:
 
 @contextmanager
 def metered(engine: LLMEngine) -> Iterator[Run]:
-    "Time and count the block."
+    "Time and count the block: from one step's tokens to another's, with the same work ahead of both."
     run, waited = Run(), getattr(engine.runner, 'waited', None)
-    synchronize()
     start = time.perf_counter()
-    with counting() as counts:
-        yield run
-        synchronize()
+    with counting() as counts: yield run
     run.seconds = time.perf_counter() - start
     run.kernels, run.nbytes = counts.kernels, counts.nbytes
     if waited is not None: run.waited = engine.runner.waited - waited

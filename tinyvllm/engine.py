@@ -65,12 +65,11 @@ class RequestOutput:
     error: Exception | None = None      # why the request failed
     metrics: Stopwatch = field(default_factory=Stopwatch)   # a lap per token of the first answer
 
-# %% ../nbs/04a_engine.ipynb #6b582267
+# %% ../nbs/04a_engine.ipynb #0e94f6a8
 class Answer:
     "Follows one sequence and writes down what it says."
     def __init__(self, seq: Sequence, tokenizer: Tokenizer | None):
         self.seq, self.tokenizer = seq, tokenizer
-        self.ends = {*seq.eos_ids, *seq.params.stop_token_ids}
         prompt = seq.token_ids[:seq.num_prompt]
         self.stream = TextStream(tokenizer, prompt, seq.params.stop) if tokenizer else None
         logprobs = None if seq.params.logprobs is None else []
@@ -79,11 +78,11 @@ class Answer:
     def follow(self) -> str | None: # the stop string that has appeared
         "Catch up with the sequence."
         out, stopped = self.output, None
-        for token in self.seq.sampled[len(out.token_ids):]:
-            self._add(token)
-            if not self.stream or int(token) in self.ends: continue
-            self.stream.add(int(token))
-            if stopped := self.stream.stopped: break
+        new = self.seq.sampled[len(out.token_ids):]
+        for n, token in enumerate(new, 1) if self.stream else ():
+            if token.token_id not in self.seq.ends: self.stream.add(token.token_id)
+            if stopped := self.stream.stopped: new = new[:n]; break
+        self._add(new)
         if self.stream:
             if stopped or self.seq.finish_reason: self.stream.finish()
             out.text, stopped = self.stream.text, self.stream.stopped
@@ -91,12 +90,13 @@ class Answer:
         out.stop_reason = stopped or self.seq.stop_reason
         return stopped
 
-    def _add(self, token: Sampled) -> None:
-        self.output.token_ids.append(int(token))
-        self.output.cumulative_logprob += token.logprob
-        if token.top_logprobs is not None: self.output.logprobs.append(
+    def _add(self, tokens: list[Sampled]) -> None:
+        self.output.token_ids += [token.token_id for token in tokens]
+        self.output.cumulative_logprob += sum(token.logprob for token in tokens)
+        if self.output.logprobs is None: return
+        self.output.logprobs += [
             {i: Logprob(p, self.tokenizer.decode([i]) if self.tokenizer else '')
-             for i, p in token.top_logprobs.items()})
+             for i, p in token.top_logprobs.items()} for token in tokens]
 
 # %% ../nbs/04a_engine.ipynb #b9f13a83
 def encode_prompt(

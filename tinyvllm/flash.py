@@ -272,7 +272,7 @@ MATRIX_METAL = f'''kernel void flash_matrix{PARAMETERS}{FIND}{MATRIX_BEGIN}
     }}
   }}{MATRIX_STORE}}}'''
 
-# %% ../nbs/08_flash.ipynb #7c34dd1e
+# %% ../nbs/08_flash.ipynb #b0cc6ca8
 PTX = r'''
 #define inlined static __device__ __forceinline__
 typedef unsigned int uint;
@@ -285,6 +285,11 @@ inlined float across(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); 
 inlined void fetch(half* to, const half* from, bool real) {      // 16 bytes, zeros if not real
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(address(to)), "l"(from), "r"(real ? 16 : 0) : "memory"); }
+inlined void follow() {                                          // as in msl_cuda.h
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 inlined void fetched() { asm volatile("cp.async.wait_all;" ::: "memory"); __syncthreads(); }
 inlined void load8x8(uint* x, const half* p) {                   // each lane gives the address
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"    // of a row
@@ -299,12 +304,13 @@ inlined void multiply(float* c, const uint* a, uint b0, uint b1) {    // c += a 
     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); }
 '''
 
-# %% ../nbs/08_flash.ipynb #1d3d01b1
+# %% ../nbs/08_flash.ipynb #a1a84fe3
 TENSOR_BEGIN = '''(half* o, const half* q, const half* k, const half* v,
-    const int* __restrict__ tables, const int* owners, const int* positions, const int* starts,
+    const int* tables, const int* owners, const int* positions, const int* starts,
     const int* sizes) {
   const int turn = blockIdx.y, head = blockIdx.x * HEADS, kv = head / (H / KV);
   const int me = threadIdx.x, lane = me % 32, simd = me / 32;
+  follow();
 ''' + FIND.replace('T(0.0f)', '0') + '''
   __shared__ __align__(16) half keys[STAGES][KEYS][D + 8], values[STAGES][KEYS][D + 8];
   const int mine = simd * ROWS + lane / 4, column = lane % 4 * 2;

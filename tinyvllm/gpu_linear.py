@@ -381,7 +381,7 @@ inlined void unpack(uint* h, const raw& r, int p) {
 }
 '''
 
-# %% ../nbs/07c_gpu_linear.ipynb #b26fca96
+# %% ../nbs/07c_gpu_linear.ipynb #00ba503a
 STREAM_BEGIN = '''
 #define RESULTS (GATED ? 8 : 16)          /* outputs of a tile: 16 rows, or 8 gates and 8 ups */
 #define CHUNK (32 * PIECES)               /* columns of a warp's load: four lanes, side by side */
@@ -411,6 +411,7 @@ STREAM_BEGIN = '''
   _Pragma("unroll")
   for (int d = 0; d < DEPTH; d++) FETCH(d, d)
   meet();                                // or the compiler moves loads down, to where they are used
+  follow();                              // weights are on their way; now what the last kernel wrote
 '''
 
 # %% ../nbs/07c_gpu_linear.ipynb #4be01ddf
@@ -682,8 +683,9 @@ TILES_BEGIN = r'''
   COPY(ws[to], BN, GATED ? STRIDE / 2 : STRIDE, from_w, w, OUT, n0 + SOURCE(r0), step)
 '''
 
-# %% ../nbs/07c_gpu_linear.ipynb #030d8db2
+# %% ../nbs/07c_gpu_linear.ipynb #4cd75417
 TILES_LOOP = '''
+  follow();
   for (int s = 0; s < STAGES - 1; s++) {
     if (s < STEPS) { FETCH(s, s) }
     commit();
@@ -895,7 +897,7 @@ TILE_SIZES = (dict(BM=128, BN=128, BK=32, STAGES=3, WM=2, WN=2, RESIDENT=2),
               dict(BM=64, BN=128, BK=32, STAGES=3, WM=1, WN=4, RESIDENT=3),
               dict(BM=64, BN=64, BK=64, STAGES=3, WM=2, WN=2, RESIDENT=3))
 
-# %% ../nbs/07c_gpu_linear.ipynb #c8ec0bf3
+# %% ../nbs/07c_gpu_linear.ipynb #86c163cd
 def lanes_sizes(
     device: str, # METAL or CUDA
     T: int, # tokens
@@ -907,13 +909,19 @@ def lanes_sizes(
 def stream_sizes(
     T: int, # tokens
     rows: int, # of the matrix
+    bits: int = 16, # of a weight
 ) -> dict[str, int]: # constants of the kernel
     "Tiles of 16 rows to a block, warps that share their columns, loads in flight; for an H100."
-    warps = 16 if rows < 4096 else 8
-    if T <= 8: return dict(TILES=1, WARPS=warps, DEPTH=4, SPLIT=1, RESIDENT=32 // warps)
-    if T <= 16: return dict(TILES=1, WARPS=warps, DEPTH=3, SPLIT=1, RESIDENT=24 // warps)
-    c = dict(TILES=2 if warps == 8 or T > 32 else 1, WARPS=warps, DEPTH=2, SPLIT=1)
-    return c | (dict(RESIDENT=16 // warps) if T <= 32 else dict(WARPS=8, RESIDENT=1))
+    def sizes(*row): return dict(zip(('TILES', 'WARPS', 'DEPTH', 'RESIDENT'), row)) | dict(SPLIT=1)
+    if T == 1 and rows >= 4096: return sizes(1, *(16, 2, 3) if bits == 16 else (4, 4, 6))
+    if rows <= 16 * 132:    # a block for each processor, or fewer
+        if T <= 8: return sizes(1, 24 if bits < 8 else 32, 2 if bits == 8 or T > 1 else 4, 1)
+        return sizes(1, 16, 3 if T <= 16 else 2, 1) if T <= 32 else sizes(1, 8, 2, 2)
+    if T <= 8: return sizes(2, 8, 2, 3) if rows >= 4096 else sizes(1, 16, 4, 2)
+    if T <= 16: return sizes(2, 8, 2, 2)
+    if T > 32 or bits == 8: return sizes(2, 8, 1, 1 if T > 32 else 2)
+    if bits < 8: return sizes(2, 8, 2, 2)
+    return sizes(1, 8, 2, 3) if rows < 16384 else sizes(2, 4, 2, 4)
 
 def tile_sizes(
     device: str, # METAL or CUDA
@@ -925,10 +933,11 @@ def tile_sizes(
     def tiles(c): return -(-T // c['BM']) * -(-rows // c['BN'])
     return next((c for c in TILE_SIZES if tiles(c) >= 120), TILE_SIZES[-1])
 
-# %% ../nbs/07c_gpu_linear.ipynb #70f03511
+# %% ../nbs/07c_gpu_linear.ipynb #c92cf6cd
 def rung_of(
     device: str, # METAL or CUDA
     kind: str, # of the matrix
+    rows: int, # of the matrix
     x: Tensor, # (T, K)
     *others: Tensor | None, # norm, bias
 ) -> str: # 'lanes', 'stream' or 'tiles'
@@ -941,15 +950,17 @@ def rung_of(
     if x.shape[1] % 8: refuse(f'take rows of 8 n numbers, not {x.shape[1]}')
     if x.dtype == dtypes.float or kind == 'f32': return 'lanes'
     few, rung = (STREAM_TOKENS, 'stream') if device == 'CUDA' else (LANES_TOKENS, 'lanes')
+    if kind == 'f16' and rows >= 4096: few = min(few, 32)
     return rung if x.shape[0] <= few else 'tiles'
 
-# %% ../nbs/07c_gpu_linear.ipynb #bec66e7a
+# %% ../nbs/07c_gpu_linear.ipynb #4c061cde
 def plan(
     rung: str, # 'lanes', 'stream' or 'tiles'
     device: str, # METAL or CUDA
     T: int, # tokens
     rows: int, # of the matrix
     gated: bool, # two rows for an output
+    bits: int = 16, # of a weight
     **sizes: int, # in place of those of the tables
 ) -> tuple[tuple[int, ...], int, dict[str, int]]: # threadgroups, threads, constants
     "How the work is cut."
@@ -959,7 +970,7 @@ def plan(
         c = lanes_sizes(device, T) | dict(TOTAL=T) | sizes
         return (groups(c['SIMDS'] * c['ROWS']), -(-T // c['TOKENS'])), 32 * c['SIMDS'], c
     if rung == 'stream':
-        c = stream_sizes(T, rows) | dict(TOKENS=T) | sizes
+        c = stream_sizes(T, rows, bits) | dict(TOKENS=T) | sizes
         return (groups(16 * c['TILES']) * c['SPLIT'],), 32 * c['WARPS'], c
     c = tile_sizes(device, T, rows) | dict(TOKENS=T) | sizes
     c['WARPS'] = c['WM'] * c['WN']
@@ -993,21 +1004,20 @@ def _rows(
         nbytes=y.nbytes() + sum(p.nbytes() for p in w.parts) * count // N, T=T, T4=f'{T}4',
         N=N, K=K, TOKENS=count, GROUP=w.format.group or K)
 
-# %% ../nbs/07c_gpu_linear.ipynb #34e6abce
+# %% ../nbs/07c_gpu_linear.ipynb #1e9fecf5
 def _place(norm, x, rung, c) -> int:
     "Where the norm is: 0 in a launch of its own or nowhere, 1 before the loop, 2 on the way."
     if norm is None or rung == 'tiles': return 0
     fits = c['TOKENS'] * (x.shape[1] + PAD) * x.dtype.itemsize <= NORM_ROOM[rung]
-    if rung == 'stream': return 1 if fits and c['TOKENS'] <= 8 else 2
-    return int(fits)
+    return int(fits and c['TOKENS'] <= 8)
 
 def _launch(x, w, norm, eps, bias, add, gated, rung=None, **sizes) -> Tensor:
     "What `gpu_linear` and `gpu_swiglu` share."
     device, kind, (T, K), N = x.device.split(':')[0], kind_of(w), x.shape, w.shape[0]
-    rung, parts, group = rung or rung_of(device, kind, x, norm, bias), w.parts, w.format.group or K
+    rung, parts, group = rung or rung_of(device, kind, N, x, norm, bias), w.parts, w.format.group or K
     if rung == 'tiles' and device == 'CUDA' and kind != 'f16':
         kind, parts = 'f16', (_rows('all_rows', w, dtypes.half),)
-    grid, threads, c = plan(rung, device, T, N, gated, **sizes)
+    grid, threads, c = plan(rung, device, T, N, gated, w.format.bits, **sizes)
     c = dict(NORM=_place(norm, x, rung, c)) | c
     if norm is not None and not c['NORM']: x, norm = rms_norm(x, norm, eps), None
     extra = dict(NORM_T=norm, BIAS_T=bias, T=add)

@@ -23,14 +23,15 @@ from .errors import BadInput
 from .metalsim.source import Parameter, Signature, rewritten, signatures
 
 # %% auto #0
-__all__ = ['METAL_PRELUDE', 'C_PRELUDE', 'CUDA_PRELUDE', 'defines', 'signature_of', 'launched', 'element_type', 'check_sizes',
-           'check_tensors', 'check_compiles', 'cuda_argument', 'cuda_source', 'KernelText', 'Kernel']
+__all__ = ['METAL_PRELUDE', 'C_PRELUDE', 'CUDA_PRELUDE', 'DEVICES', 'defines', 'signature_of', 'launched', 'element_type',
+           'check_sizes', 'check_tensors', 'check_compiles', 'cuda_argument', 'cuda_source', 'KernelText', 'Kernel']
 
-# %% ../nbs/05_metal.ipynb #f0dc3765
+# %% ../nbs/05_metal.ipynb #6faed246
 METAL_PRELUDE = """\
 #include <metal_stdlib>
 using namespace metal;
 #define inlined static inline
+#define follow()
 """
 C_PRELUDE = """
 typedef unsigned int uint;
@@ -196,7 +197,7 @@ def cuda_argument(
     axes = 'xyz'[:int(p.type[-1]) if p.type[-1].isdigit() else 1]
     return f'{p.type}(' + ', '.join(_CUDA_BUILTINS[p.builtin].format(i=i) for i in axes) + ')'
 
-# %% ../nbs/05_metal.ipynb #1789668e
+# %% ../nbs/05_metal.ipynb #63dfb2d2
 def cuda_source(
     source: str, # Metal
     kernel: Signature, # its name and parameters
@@ -204,15 +205,17 @@ def cuda_source(
 ) -> str: # CUDA C++, to stand behind `msl_cuda.h`
     "The same kernel for CUDA: a threadgroup is a block, a simdgroup a warp."
     def spaceless(text): return re.sub(r'\b(device|constant|threadgroup|thread)\b(?!_)', '', text)
-    buffers = ', '.join(f'{spaceless(p.type)}{"" if p.writable else " __restrict__"} {p.name}'
-                        for p in kernel.slots.values())
+    buffers = ', '.join(f'{spaceless(p.type)} {p.name}' for p in kernel.slots.values())
     arguments = ', '.join(map(cuda_argument, kernel.parameters))
+    start = '' if 'follow();' in source else 'follow(); '
     bounds = f'__launch_bounds__({threads}, RESIDENT)'    # the second: blocks to a processor
     return (f'namespace metal {{\n#line 1 "{kernel.name}"\n{spaceless(rewritten(source))}\n}}\n'
             f'extern "C" __global__ void {bounds} {kernel.name}({buffers}) '
-            f'{{ metal::{kernel.name}({arguments}); }}\n')
+            f'{{ {start}metal::{kernel.name}({arguments}); }}\n')
 
-# %% ../nbs/05_metal.ipynb #4c203688
+# %% ../nbs/05_metal.ipynb #42cbf2e5
+DEVICES = 'CPU', 'METAL', 'CUDA'    # for which kernels are written
+
 @dataclass(frozen=True)
 class KernelText:
     "A kernel as its author writes it: once in Metal, and once in C for the CPU."

@@ -232,7 +232,7 @@ M_DRAW = '''
       best = chosen[0];
 '''
 
-# %% ../nbs/07d_sampler.ipynb #2827897b
+# %% ../nbs/07d_sampler.ipynb #9803c92c
 M_BEGIN = '''
 kernel void sample(device int* ids, device float* scores, device float* weights,
     device const float* logits, device const float* raw, device const float* wishes,
@@ -243,26 +243,26 @@ kernel void sample(device int* ids, device float* scores, device float* weights,
   device const float *z = logits + long(row) * V, *l = raw + long(row) * V;
   device const float* wish = wishes + row * 8;
   device float* w = weights + long(row) * V;
-  uint key = 0, own = 0;
-  int faults = 0;
+  uint key = 0;
+  int faults = 0, first = V;
+  float peak = -3.4e38f, add = 0;        // the largest so far, and a sum in its unit
   EACH(i) {
-    key = max(key, key_of(z[i])), own = max(own, key_of(l[i]));
-    faults += broken(z[i]) + broken(l[i]);
+    const float y = l[i], higher = max(peak, y);
+    if (key_of(z[i]) > key) { key = key_of(z[i]); first = i; }
+    faults += broken(z[i]) + broken(y);
+    add = add * exp(peak - higher) + exp(y - higher);
+    peak = higher;
   }
   ALL(top_key, uint, key, simd_max, max(top_key, x))
-  ALL(own_key, uint, own, simd_max, max(own_key, x))
+  ALL(best, int, (key == top_key ? first : V), simd_min, min(best, x))
   ALL(bad, int, faults, simd_sum, bad + x)
+  ALL(high, float, peak, simd_max, max(high, x))
+  ALL(whole, float, add * exp(peak - high), simd_sum, whole + x)
 '''
 
-# %% ../nbs/07d_sampler.ipynb #f2cc9572
+# %% ../nbs/07d_sampler.ipynb #192cbf8f
 M_SAMPLE = M_HELPERS + ORDER + M_PASSES + M_BEGIN + '''
-  const float top = of_key(top_key), high = of_key(own_key);
-  int first = V;
-  EACH(i) if (key_of(z[i]) == top_key) first = min(first, i);
-  ALL(best, int, first, simd_min, min(best, x))
-  float add = 0;
-  EACH(i) add += exp(l[i] - high);
-  ALL(whole, float, add, simd_sum, whole + x)
+  const float top = of_key(top_key);
   if (bad == 0 && TEMPERATURE > 0) {
     if (me == 0) chosen[0] = best;
     EACH(i) w[i] = exp((z[i] - top) / TEMPERATURE);
@@ -290,15 +290,16 @@ def wishes(
     return (t, margin, p.top_p, max(0, p.top_k), 0.0, p.repetition_penalty, p.presence_penalty,
             p.frequency_penalty)
 
-# %% ../nbs/07d_sampler.ipynb #43503c34
+# %% ../nbs/07d_sampler.ipynb #b24c9a76
 def sample(
     logits: Tensor, # (R, V) float32, after penalties
     wishes: Tensor, # (R, 8) float32
     raw: Tensor | None = None, # (R, V) float32 of the model; None: the same
-    simds: int = 8, # simdgroups that share a row
+    simds: int | None = None, # simdgroups that share a row; None: 8, on CUDA 32
 ) -> tuple[Tensor, Tensor]: # ids (R,) int32, -1 for none; scores (R, 2) float32
     "A token for each row. Its log-probability is `scores[0] - log(scores[1])`."
     (R, V), device = logits.shape, logits.device
+    simds = simds or (32 if device.startswith('CUDA') else 8)
     def empty(*shape, dtype=dtypes.float): return Tensor.empty(*shape, dtype=dtype, device=device)
     outs = empty(R, dtype=dtypes.int32), empty(R, 2), empty(R, V)
     return SAMPLE(*outs, logits, logits if raw is None else raw, wishes, grid=(R,),

@@ -7,13 +7,14 @@ __all__ = ['RULES', 'plain', 'checked', 'SamplingParams', 'check_logits', 'log_s
            'apply_count_penalties', 'apply_temperature', 'apply_min_p', 'top_ids', 'keep', 'apply_top_k', 'apply_top_p',
            'uniform', 'draw', 'process_logits', 'Sampled', 'report', 'Sampler']
 
-# %% ../nbs/01a_sampling.ipynb #f5daa492
+# %% ../nbs/01a_sampling.ipynb #22028c6a
 import math
 import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Philox
@@ -258,9 +259,8 @@ def process_logits(
     logits = apply_top_k(logits, p.top_k)
     return apply_top_p(logits, p.top_p)
 
-# %% ../nbs/01a_sampling.ipynb #85a38a22
-@dataclass(frozen=True)
-class Sampled:
+# %% ../nbs/01a_sampling.ipynb #3e8b207e
+class Sampled(NamedTuple):
     "One chosen token. The log-probabilities are the model's, before penalties and temperature."
     token_id: int # the choice
     logprob: float # of the choice

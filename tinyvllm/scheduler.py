@@ -39,7 +39,7 @@ class Progress:
         last = self.in_flight and len(self.sampled) + self.in_flight >= self.max_tokens
         return self.num_tokens - self.num_computed - bool(last)
 
-# %% ../nbs/03_batching.ipynb #f9b9a9c4
+# %% ../nbs/03_batching.ipynb #092b14cd
 class Sequence(Progress):
     "One answer in the making."
     def __init__(self,
@@ -54,23 +54,23 @@ class Sequence(Progress):
         self.id, self.params, self.parent = id, params, parent
         self.status, self.rank = Status.WAITING, (priority, 0)
         self.eos_ids = () if params.ignore_eos else eos_ids
+        self.ends = {*self.eos_ids, *params.stop_token_ids}
         self.sample = Sampler(params, prompt_ids)
         self.finish_reason = self.stop_reason = self.error = None
 
     def extend(self, tokens: list[Sampled]) -> None:
         "Take new tokens, up to one that ends the answer. All but the last are computed."
         self.in_flight = max(0, self.in_flight - len(tokens))
-        for token in tokens:
-            self.sampled.append(token); self.token_ids.append(int(token))
-            self.finish_reason = self._ends(int(token))
-            if self.finish_reason: break
+        ids = list(map(int, tokens))[:self.params.max_tokens - len(self.sampled)]
+        if not self.ends.isdisjoint(ids):
+            end = next(i for i, token in enumerate(ids) if token in self.ends)
+            ids, self.finish_reason = ids[:end + 1], 'stop'
+            if ids[end] not in self.eos_ids: self.stop_reason = ids[end]
+        self.sampled += tokens[:len(ids)]; self.token_ids += ids
+        if not self.finish_reason and len(self.sampled) >= self.params.max_tokens:
+            self.finish_reason = 'length'
         if self.num_computed and not self.in_flight:    # else preempted, or not all is here
             self.num_computed = self.num_tokens - 1
-
-    def _ends(self, token: int) -> str | None:
-        if token in self.eos_ids: return 'stop'
-        if token in self.params.stop_token_ids: self.stop_reason = token; return 'stop'
-        return 'length' if len(self.sampled) >= self.params.max_tokens else None
 
 # %% ../nbs/03_batching.ipynb #58468138
 @dataclass

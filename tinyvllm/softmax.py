@@ -12,9 +12,9 @@ from .paged import PagedBatch
 from .simd import check_attention, element
 
 # %% auto #0
-__all__ = ['QUERIES', 'SCORES', 'SOFTMAX', 'VALUES', 'MERGE', 'LIMITS', 'ONE_PASS', 'DECODE', 'HEADS', 'SIMDS', 'PARTIALS',
-           'MERGE_PARTIALS', 'FILL', 'MERGERS', 'Partial', 'seen', 'merge', 'sizes', 'launch', 'decode', 'part_size',
-           'decode_split', 'decode_attend']
+__all__ = ['QUERIES', 'SCORES', 'SOFTMAX', 'VALUES', 'MERGE', 'LIMITS', 'ONE_PASS', 'DECODE', 'HEADS', 'SIMDS', 'FILL',
+           'PARTIALS', 'MERGE_PARTIALS', 'MERGERS', 'Partial', 'seen', 'merge', 'sizes', 'launch', 'decode',
+           'part_size', 'decode_split', 'decode_attend']
 
 # %% ../nbs/06a_softmax.ipynb #8a225218
 class Partial(NamedTuple):
@@ -36,7 +36,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     f, g = 2 ** (a.m - m), 2 ** (b.m - m)
     return Partial(m, a.s * f + b.s * g, a.o * f + b.o * g)
 
-# %% ../nbs/06a_softmax.ipynb #196a213b
+# %% ../nbs/06a_softmax.ipynb #1cba6fb7
 QUERIES = '''device const T4* q, device const T4* k, device const T4* v,
     device const int* tables, device const int* owners, device const int* positions,
     uint3 tg [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
@@ -46,6 +46,10 @@ QUERIES = '''device const T4* q, device const T4* k, device const T4* v,
   const int first = tg.z * PART, last = min(min(positions[t] + 1, B * S), first + PART);
   if (first >= last) return;                                // all threads of it, or none
   device const int* table = tables + owners[t] * B;
+#define KEY(tile) min((tile) + i, last - 1)
+#define SLOT(tile) (table[KEY(tile) / S] * S + KEY(tile) % S)
+  const int begin = first + 32 * sg, ahead = begin < last ? SLOT(begin) : 0;
+  follow();                                                 // queries, keys and values are there
   threadgroup float4 queries[HEADS][D4];
   for (int n = index; n < HEADS * D4; n += 32 * SIMDS)
     queries[n / D4][n % D4] = float4(q[(t * H + head) * D4 + n]) * SCALE;
@@ -55,14 +59,13 @@ QUERIES = '''device const T4* q, device const T4* k, device const T4* v,
   for (int g = 0; g < HEADS; g++) { o[g] = float4(0.0f); m[g] = LOW; s[g] = 0.0f; }
 '''
 
-# %% ../nbs/06a_softmax.ipynb #0981ad5d
+# %% ../nbs/06a_softmax.ipynb #0ca52138
 SCORES = '''
   const int group = i / LANES * LANES, l = i % LANES;       // for scores: LANES lanes share a key
   const int row = i / D4 % ROWS, column = i % D4;           // for values: D4 lanes share one
   const bool busy = i < ROWS * D4;
-  for (int tile = first + 32 * sg; tile < last; tile += 32 * SIMDS) {
-    const int key = min(tile + i, last - 1);                // lane i looks up key i of the tile
-    const int slot = table[key / S] * S + key % S;
+  for (int tile = begin; tile < last; tile += 32 * SIMDS) {
+    const int slot = tile == begin ? ahead : SLOT(tile);    // lane i looks up key i of the tile
     device const T4* keys[LANES];
     float x[HEADS][LANES];
     for (int j = 0; j < LANES; j++) {
@@ -148,8 +151,9 @@ DECODE = Kernel(LIMITS + 'kernel void paged_decode(device T4* out, ' + ONE_PASS 
   }
 }''')
 
-# %% ../nbs/06a_softmax.ipynb #bd890c89
+# %% ../nbs/06a_softmax.ipynb #0e262c5f
 HEADS, SIMDS = dict(METAL=8, CUDA=4), 8     # most query heads and simdgroups of a threadgroup
+FILL = dict(CUDA=256, METAL=160)   # threadgroups that fill a device: two for each core of an H100
 
 def sizes(
     q: Tensor, # (T, H, D)
@@ -159,8 +163,10 @@ def sizes(
 ) -> dict[str, int | float | str]:
     "What the text leaves open: shapes, and how the work is cut."
     (_, H, D), (_, S, KV, _), B = q.shape, k.shape, tables.shape[1]
-    most = HEADS.get(q.device.split(':')[0], 8)
-    heads = max(n for n in range(1, most + 1) if H // KV % n == 0)
+    device = q.device.split(':')[0]
+    divisors = [n for n in range(1, HEADS.get(device, 8) + 1) if H // KV % n == 0]
+    idle = part is None and q.shape[0] * H <= FILL.get(device, 1)    # more cores than work
+    heads = divisors[0 if idle else -1]
     part, rows = min(part or B * S, B * S), 128 // D
     simds = min(SIMDS if heads <= 4 else SIMDS // 2, -(-part // 32))
     return dict(T4=f'{element(DECODE, q=q)}4', H=H, KV=KV, D4=D // 4, S=S, B=B,
@@ -232,17 +238,16 @@ kernel void merge_partials(device T4* out, device const float4* partials,
   out[row * D4 + i] = T4(all / sum);
 }''')
 
-# %% ../nbs/06a_softmax.ipynb #dccbeb7e
-FILL = dict(CUDA=256, METAL=160)   # threadgroups that fill a device: two for each core of an H100
-
+# %% ../nbs/06a_softmax.ipynb #aa983184
 def part_size(
     q: Tensor, # (T, H, D)
     k: Tensor, # (N, S, KV, D)
     tables: Tensor, # (rows, B)
 ) -> int: # keys, a multiple of 32; all of them if there is nothing to gain
     "As few parts as fill the device."
-    c, fill = sizes(q, k, tables), FILL.get(q.device.split(':')[0], 1)
-    context, parts = c['B'] * c['S'], -(-fill * c['HEADS'] // (q.shape[0] * c['H']))
+    context, fill = tables.shape[1] * k.shape[1], FILL.get(q.device.split(':')[0], 1)
+    c = sizes(q, k, tables, context)
+    parts = -(-fill * c['HEADS'] // (q.shape[0] * c['H']))
     return min(context, max(32 * c['SIMDS'], -(-context // parts // 32) * 32))
 
 # %% ../nbs/06a_softmax.ipynb #61ad1820
