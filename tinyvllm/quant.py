@@ -18,8 +18,8 @@ from .hub import bad_file, reading
 from .llama import Linear, Llama, ModelConfig, check_weights, model_config
 from .paged import PagedBatch, PagedKVCache
 from .tokenizer import load_tokenizer
-from .weights import (BLOCKS, Checkpoint, Entry, _read_json, _read_shards, free_cache,
-                              open_checkpoint, read_safetensors, read_tensor, unpermute)
+from .weights import (BLOCKS, Checkpoint, Entry, free_cache, open_checkpoint, read_tensor,
+                              unpermute)
 
 # %% auto #0
 __all__ = ['FORMATS', 'FLOATS', 'REPACK', 'TRIES', 'AWQ_ORDER', 'LINEARS', 'PORTABLE', 'SAMPLE', 'ENDS', 'Format', 'format_of',
@@ -637,15 +637,7 @@ def open_packed(
     path: str | Path, # what `open_checkpoint` takes, or a folder of an AWQ or GPTQ model
 ) -> Checkpoint: # its headers
     "Read and check the headers of a model's files. Raises `BadInput`."
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if path.suffix == '.gguf' or not (folder/'config.json').is_file(): return open_checkpoint(path)
-    config = _read_json(folder/'config.json')
-    if not Foreign.of(folder/'config.json', config): return open_checkpoint(path)
-    index, single = folder/'model.safetensors.index.json', folder/'model.safetensors'
-    if not path.is_dir(): entries = read_safetensors(path)
-    else: entries = read_safetensors(single) if single.exists() else _read_shards(index)
-    return Checkpoint(path, 'safetensors', config, entries)
+    return open_checkpoint(path, check=Foreign.of)
 
 def logical(
     checkpoint: Checkpoint, # perhaps of AWQ or GPTQ
