@@ -15,7 +15,7 @@ from tinygrad.helpers import Context
 from .errors import BadInput
 from .flash import best_attend
 from .hub import bad_file, reading
-from .llama import Linear, Llama, ModelConfig, check_weights, model_config
+from .llama import Linear, Llama, ModelConfig, read_config
 from .paged import PagedBatch, PagedKVCache
 from .tokenizer import load_tokenizer
 from .weights import (BLOCKS, Checkpoint, Entry, free_cache, open_checkpoint, read_tensor,
@@ -734,10 +734,7 @@ def load_packed(
 ) -> tuple[ModelConfig, dict[str, Packed | Tensor]]:
     "A model's configuration and packed weights. Raises `BadInput`."
     checkpoint = path if isinstance(path, Checkpoint) else open_packed(path)
-    config, whole = model_config(checkpoint.config), logical(checkpoint)
-    if checkpoint.format == 'gguf' and 'lm_head.weight' not in whole.names:
-        config = replace(config, tie_word_embeddings=True) # GGUF has no key for it
-    check_weights(config, whole)
+    config = read_config(logical(checkpoint))
     four = quant is not None and format_of(quant).bits == 4
     care = sampled_care(checkpoint, config, sample, device) if four and sample else None
     return config, packed_state(checkpoint, quant, device, care)
