@@ -15,7 +15,7 @@ from tinygrad.helpers import Context
 from .errors import BadInput
 from .flash import best_attend
 from .hub import bad_file, reading
-from .llama import Linear, Llama, ModelConfig, read_config
+from .llama import Linear, Llama, ModelConfig, RMSNorm, read_config
 from .paged import PagedBatch, PagedKVCache
 from .tokenizer import load_tokenizer
 from .weights import (BLOCKS, Checkpoint, Entry, free_cache, open_checkpoint, read_tensor,
@@ -462,9 +462,7 @@ def normed(
     eps: float, # added to the mean square
 ) -> Tensor: # (T, K) float32
     "RMSNorm in float32 throughout."
-    x = x.float()
-    if norm is None: return x
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.float()
+    return x.float() if norm is None else RMSNorm(norm.float(), eps)(x.float())
 
 def portable_linear(x, w, norm=None, eps=0.0, bias=None, add=None):
     "What `linear` computes, in tinygrad's own operations: the oracle of every kernel."
