@@ -17,6 +17,7 @@ from .flash import best_attend
 from .hub import bad_file, reading
 from .llama import Linear, Llama, ModelConfig, RMSNorm, read_config
 from .paged import PagedBatch, PagedKVCache
+from .simd import check_shapes
 from .tokenizer import load_tokenizer
 from .weights import (BLOCKS, Checkpoint, Entry, free_cache, open_checkpoint, read_tensor,
                               unpermute)
@@ -511,14 +512,6 @@ def dispatch(
     return PORTABLE[operation](*args, **options)
 
 # %% ../nbs/07a_quant.ipynb #53178984
-def _check(operation: str, **tensors: tuple):
-    "name=(tensor, wanted shape); None may be any size. Raises `BadInput`."
-    for name, (t, shape) in tensors.items():
-        if t is None or len(t.shape) == len(shape) and all(
-            want in (None, size) for size, want in zip(t.shape, shape)): continue
-        wanted = ', '.join('any' if n is None else str(n) for n in shape)
-        raise BadInput(f"{operation}: '{name}' has shape {t.shape}; it takes ({wanted})")
-
 def linear(
     x: Tensor, # (T, K) float or half
     w: Packed, # (N, K)
@@ -529,7 +522,8 @@ def linear(
 ) -> Tensor: # (T, N) in the type of x
     "`rmsnorm(x) @ W.T + bias + add` in one kernel, sums in float32. Raises `BadInput`."
     N, K = w.shape
-    _check('linear', x=(x, (None, K)), norm=(norm, (K,)), bias=(bias, (N,)), add=(add, (len(x), N)))
+    check_shapes('linear', x=(x, (None, K)), norm=(norm, (K,)), bias=(bias, (N,)),
+                 add=(add, (len(x), N)))
     return dispatch('linear', w, x, w, norm=norm, eps=eps, bias=bias, add=add)
 
 # %% ../nbs/07a_quant.ipynb #540666cc
@@ -540,7 +534,7 @@ def swiglu(
     eps: float=0.0, # of that norm
 ) -> Tensor: # (T, F) in the type of x
     "`silu(gate) * up` of RMSNorm(x), one kernel (Shazeer 2020, arXiv:2002.05202)."
-    _check('swiglu', x=(x, (None, w.shape[1])), norm=(norm, w.shape[1:]))
+    check_shapes('swiglu', x=(x, (None, w.shape[1])), norm=(norm, w.shape[1:]))
     return dispatch('swiglu', w, x, w, norm=norm, eps=eps)
 
 def embed(
@@ -549,7 +543,7 @@ def embed(
     dtype, # of the result
 ) -> Tensor: # (T, K)
     "Rows of a packed matrix, one kernel. Raises `BadInput`."
-    _check('embed', tokens=(tokens, (None,)))
+    check_shapes('embed', tokens=(tokens, (None,)))
     return dispatch('embed', w, w, tokens, dtype)
 
 # %% ../nbs/07a_quant.ipynb #dc6b5b6b
