@@ -11,10 +11,19 @@ from .paged import PagedBatch
 from .simd import check_shapes
 
 # %% auto #0
-__all__ = ['VECTORS', 'MATMUL', 'C_TYPES', 'KV_WRITE', 'EXPONENTIAL', 'DOTS', 'PRODUCT', 'WEIGH', 'DESK', 'WAYS', 'ATTEND',
-           'refuse', 'matmul', 'matvec', 'kv_write', 'attend', 'cpu_attend']
+__all__ = ['FOLDED', 'VECTORS', 'MATMUL', 'C_TYPES', 'KV_WRITE', 'EXPONENTIAL', 'DOTS', 'PRODUCT', 'WEIGH', 'DESK', 'WAYS',
+           'ATTEND', 'refuse', 'matmul', 'matvec', 'kv_write', 'attend', 'cpu_attend']
 
 # %% ../nbs/06b_cpu.ipynb #d031066b
+FOLDED = '''
+inlined float8 folded(vec v) {     // eight lanes, whatever there are
+#if LANES == 16
+  return v.lo + v.hi;
+#else
+  return v;
+#endif
+}
+'''
 VECTORS = '''
 #define JOIN_(A, B) A##B
 #define JOIN(A, B) JOIN_(A, B)
@@ -30,13 +39,7 @@ typedef JOIN(int, LANES) ivec;
 typedef JOIN(T, LANES) stored;     // what memory holds: floats or halves
 
 inlined vec load(const T* p) { return __builtin_convertvector(*(const stored*)p, vec); }
-inlined float8 folded(vec v) {
-#if LANES == 16
-  return v.lo + v.hi;
-#else
-  return v;
-#endif
-}
+''' + FOLDED + '''
 inlined float total(vec v) {
   float8 a = folded(v);
   float4 b = a.lo + a.hi;
