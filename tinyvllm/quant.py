@@ -120,6 +120,7 @@ class Packed:
     def __getitem__(self, rows: Tensor) -> Tensor: return embed(self, rows, self.dtype) # (T, K)
 
     def codes(self) -> Tensor: # (N, K) whole numbers
+        "One number for each weight, before scale and offset; not yet computed."
         if self.format.bits == 8: return self.parts[0]
         low = nibbles(self.parts[0])
         return low | (crumbs(self.parts[1]) << 4) if self.format.bits == 6 else low
