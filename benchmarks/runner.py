@@ -8,31 +8,29 @@ ways take turns, so that a busy machine is busy for all of them; a row is the fa
 `host_us` is what Python spends on a step around the device: deciding, filling inputs, hearing tokens.
 """
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
+from peers import RESULTS, write_row
 from tinygrad import Device
 from tinyvllm.blocks import BlockManager
 from tinyvllm.engine import make_engine
 from tinyvllm.flash import best_attend
 from tinyvllm.fusion import best_model, fused_cache
-from tinyvllm.measure import commit, counting, machine_name
+from tinyvllm.measure import counting, machine_name
 from tinyvllm.paged import EagerRunner
 from tinyvllm.runner import CPUGraph
 from tinyvllm.sampling import SamplingParams
 from tinyvllm.scheduler import Scheduler
 from tinyvllm.weights import resolve
 
-OUT = Path(__file__).parent / 'results' / 'runner.jsonl'
+OUT = RESULTS / 'runner.jsonl'
 STEPS, WARMUP, CONTEXT = 24, 4, 64
 START = '''
 import time
@@ -110,12 +108,10 @@ def main():
                 rows[-1]['host_us'] = round(min(host) * 1e6)
     rows += starts() if args.start else []
     about = dict(model='SmolLM2-135M Q4_1', machine=machine_name(Device.DEFAULT), device=Device.DEFAULT,
-                 tinygrad=version('tinygrad'), commit=commit(), date=date.today().isoformat(),
-                 command='python benchmarks/runner.py')
-    with OUT.open('a', encoding='utf-8') as file:
-        for row in rows:
-            print(row)
-            file.write(json.dumps(row | about) + '\n')
+                 tinygrad=version('tinygrad'))
+    for row in rows:
+        print(row)
+        write_row(OUT, row | about)
 
 
 if __name__ == '__main__':

@@ -8,24 +8,23 @@ The logits are SmolLM2's own, at the places of a text. `host` is `sampling.Sampl
 setting in turn, each with its own seed, and the ids of both compared.
 """
 import argparse
-import json
 import time
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
+from peers import RESULTS, write_row
 from tinygrad import Device, Tensor
 from tinyvllm.llama import InputBatch, NoCache, dense_attend, load_model
-from tinyvllm.measure import commit, machine_name
+from tinyvllm.measure import machine_name
 from tinyvllm.runner import captured
 from tinyvllm.sampler import likeliest, sample, wishes
 from tinyvllm.sampling import Sampler, SamplingParams, uniform
 from tinyvllm.tokenizer import load_tokenizer
 from tinyvllm.weights import resolve
 
-OUT = Path(__file__).parent / 'results' / 'sampler.jsonl'
+OUT = RESULTS / 'sampler.jsonl'
 SETTINGS = {'greedy': dict(temperature=0), 'temperature 1': dict(), 'min-p 0.05': dict(min_p=0.05),
             'top-k 50': dict(top_k=50), 'top-p 0.9': dict(top_p=0.9), 'top-k 50, top-p 0.9': dict(top_k=50, top_p=0.9)}
 ROWS, REPEAT = 25, 15
@@ -94,12 +93,10 @@ def main():
     logits = real_logits(ROWS)
     rows = [*times(logits), *([agreement(logits, args.draws)] if args.draws else [])]
     about = dict(model='SmolLM2-135M', vocab=logits.shape[1], machine=machine_name(Device.DEFAULT),
-                 device=Device.DEFAULT, tinygrad=version('tinygrad'), commit=commit(),
-                 date=date.today().isoformat(), command='python benchmarks/sampler.py')
-    with OUT.open('a', encoding='utf-8') as file:
-        for row in rows:
-            print(row)
-            file.write(json.dumps(row | about) + '\n')
+                 device=Device.DEFAULT, tinygrad=version('tinygrad'))
+    for row in rows:
+        print(row)
+        write_row(OUT, row | about)
 
 
 if __name__ == '__main__':

@@ -345,6 +345,7 @@ def test_wrong_tensors_are_refused_by_name():
         lambda: matvec(ones(4, 8), ones(9)): "matvec: 'x' has shape",
         lambda: matvec(ones(4), ones(4)): "matvec: 'w' has shape",
         lambda: matmul(ones(4, 8), ones(8)): "matmul: 'x' has shape",
+        lambda: matmul(ones(4, 8), ones(0, 8)): "matmul: 'x' is empty",
         lambda: matmul(ones(4, 8, dtype=dtypes.int), ones(1, 8)): "'w' is int",
         lambda: matmul(ones(4, 8), ones(1, 8, dtype=dtypes.half)): "'x' is half",
         lambda: kv_write(pool, pool[:4], row, row, slots): "'v_pool' has shape",

@@ -447,6 +447,15 @@ def test_foreign(tmp_path, method, extra):
     assert packed.format.scales == 'zero' and packed.nbytes() < packed.shape[0] * packed.shape[1] * 0.62
 
 
+def test_foreign_in_a_file_of_any_name(tmp_path):
+    foreign_model(tmp_path / 'm', 'gptq')
+    before = Q.open_packed(tmp_path / 'm')
+    file = (tmp_path / 'm' / 'model.safetensors').rename(tmp_path / 'm' / 'gptq_model-4bit-32g.safetensors')
+    for path in (tmp_path / 'm', file):
+        found = Q.open_packed(path)
+        assert found.path == file and found.config == before.config and found.names == before.names
+
+
 def test_gptq_writers_that_forgot_to_subtract(tmp_path):
     want = foreign_model(tmp_path / 'm', 'gptq', version='gptq_v2', zeros=8, sym=True)
     config = json.loads((tmp_path / 'm' / 'config.json').read_text())

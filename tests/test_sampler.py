@@ -14,7 +14,7 @@ from tinygrad import Tensor
 
 from tinyvllm import sampler as module
 from tinyvllm.metal import Kernel
-from tinyvllm.metalsim import MetalError
+from tinyvllm.metalsim import MetalError, counting
 from tinyvllm.sampler import likeliest, penalise, sample, wishes
 from tinyvllm.sampling import Sampler, SamplingParams, log_softmax, process_logits, softmax, top_ids, uniform
 
@@ -300,7 +300,9 @@ def trial(kernel):
 @simulated
 def test_the_kernels_survive_the_trial():
     for kernel in MUTANTS:
-        trial(kernel)
+        with counting() as launches:
+            trial(kernel)
+        assert kernel in {launch.name for launch in launches}    # it was on trial
 
 
 @simulated

@@ -24,9 +24,9 @@ from tinyvllm.engine import LLMEngine, make_engine
 from tinyvllm.errors import BadInput
 from tinyvllm.flash import best_attend, best_cache
 from tinyvllm.fusion import FusedLlama, best_model
-from tinyvllm.generate import bucket, generate, same_greedy
+from tinyvllm.generate import answer_logits, generate, same_greedy
 from tinyvllm.kvcache import KVCache
-from tinyvllm.llama import InputBatch, Llama, NoCache, dense_attend, kv_bytes, model_config, weight_bytes
+from tinyvllm.llama import Llama, NoCache, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import LadderRow, Stopwatch, bandwidth, counting, ladder_row, measure_stream
 from tinyvllm.paged import EagerRunner, PagedKVCache, paged_attend
 from tinyvllm.quant import Packed, PackedLlama, load_packed, packed_state
@@ -115,14 +115,11 @@ def engine_stream(
     max_tokens: int,  # for each of them
 ) -> Iterator[list[int]]:  # the tokens of each step, in the order of the prompts
     "Answer prompts together, greedily and to the full length. Raises what a request failed with."
-    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-    outputs = [engine.add_request(i, ids, params) for i, ids in enumerate(prompts)]
+    answers = begin(engine, prompts, max_tokens)
     while engine.has_unfinished_requests():
-        said = [len(out.outputs[0].token_ids) for out in outputs]
-        for out in engine.step():
-            if out.error: raise out.error
-        if new := [t for out, n in zip(outputs, said) for t in out.outputs[0].token_ids[n:]]:
-            yield new
+        said = [len(a) for a in answers]
+        step(engine)
+        if new := [t for a, n in zip(answers, said) for t in a[n:]]: yield new
 
 
 SHAPES = {   # random weights in a real model's shape; keys of config.json
@@ -208,9 +205,7 @@ def agreement(
     "How often the reference would say the same, and how far below its favourite the worst choice was."
     equal, gaps = [], []
     for prompt, answer in zip(prompts, answers):
-        ids, first = [*prompt, *answer], len(prompt)
-        batch = InputBatch.of(ids[:-1], size=bucket(len(ids) - 1), rows=list(range(first - 1, len(ids) - 1)))
-        logits = reference(batch, NoCache(), dense_attend).numpy()
+        logits = answer_logits(reference, prompt, answer)
         equal += (logits.argmax(-1) == answer).tolist()
         gaps.append(float((logits.max(-1) - logits[range(len(answer)), answer]).max()))
     return dict(greedy_equal=all(equal), greedy_share=round(sum(equal) / len(equal), 5),

@@ -8,12 +8,22 @@ from tinygrad import Tensor, dtypes
 from .errors import BadInput
 from .metal import Kernel
 from .paged import PagedBatch
+from .simd import check_shapes
 
 # %% auto #0
-__all__ = ['VECTORS', 'MATMUL', 'C_TYPES', 'KV_WRITE', 'EXPONENTIAL', 'DOTS', 'PRODUCT', 'WEIGH', 'DESK', 'WAYS', 'ATTEND',
-           'refuse', 'matmul', 'matvec', 'kv_write', 'attend', 'cpu_attend']
+__all__ = ['FOLDED', 'VECTORS', 'MATMUL', 'C_TYPES', 'KV_WRITE', 'EXPONENTIAL', 'DOTS', 'PRODUCT', 'WEIGH', 'DESK', 'WAYS',
+           'ATTEND', 'refuse', 'matmul', 'matvec', 'kv_write', 'attend', 'cpu_attend']
 
 # %% ../nbs/06b_cpu.ipynb #d031066b
+FOLDED = '''
+inlined float8 folded(vec v) {     // eight lanes, whatever there are
+#if LANES == 16
+  return v.lo + v.hi;
+#else
+  return v;
+#endif
+}
+'''
 VECTORS = '''
 #define JOIN_(A, B) A##B
 #define JOIN(A, B) JOIN_(A, B)
@@ -29,13 +39,7 @@ typedef JOIN(int, LANES) ivec;
 typedef JOIN(T, LANES) stored;     // what memory holds: floats or halves
 
 inlined vec load(const T* p) { return __builtin_convertvector(*(const stored*)p, vec); }
-inlined float8 folded(vec v) {
-#if LANES == 16
-  return v.lo + v.hi;
-#else
-  return v;
-#endif
-}
+''' + FOLDED + '''
 inlined float total(vec v) {
   float8 a = folded(v);
   float4 b = a.lo + a.hi;
@@ -81,13 +85,9 @@ def refuse(
     name, (first, _) = next(iter(tensors.items()))
     if first.dtype not in C_TYPES:
         raise BadInput(f"kernel {kernel}: '{name}' is {first.dtype.name}; it takes float or half")
-    for name, (tensor, shape) in tensors.items():
-        fits = len(tensor.shape) == len(shape) and 0 not in tensor.shape and all(
-            want in (None, size) for size, want in zip(tensor.shape, shape))
-        if not fits:
-            wanted = ', '.join('any' if n is None else str(n) for n in shape)
-            raise BadInput(f"kernel {kernel}: '{name}' has shape {tensor.shape}; "
-                           f'it takes ({wanted})')
+    for name, (tensor, _) in tensors.items():
+        if 0 in tensor.shape: raise BadInput(f"kernel {kernel}: '{name}' is empty")
+    check_shapes(f'kernel {kernel}', **tensors)
     return C_TYPES[first.dtype]
 
 # %% ../nbs/06b_cpu.ipynb #61abe356

@@ -7,12 +7,12 @@ from __future__ import annotations
 import re
 from functools import cache
 from tinygrad import Tensor, dtypes
-from .cpu import EXPONENTIAL
+from .cpu import C_TYPES, EXPONENTIAL, FOLDED
 from .metal import Kernel
 
 # %% auto #0
 __all__ = ['VECTORS', 'DENSE', 'SCALES', 'BITS8', 'BITS4', 'SCALED4', 'SHIFTED4', 'MIN4', 'ZERO4', 'SUPER4', 'SUPER6', 'EXPAND',
-           'EMBED', 'FORMATS', 'C_TYPES', 'TOTALS', 'PRODUCT', 'BESIDE', 'PANELS', 'LINEAR', 'composed', 'launch',
+           'EMBED', 'FORMATS', 'PART_TYPES', 'TOTALS', 'PRODUCT', 'BESIDE', 'PANELS', 'LINEAR', 'composed', 'launch',
            'cpu_embed', 'product_sizes', 'cpu_linear', 'cpu_swiglu']
 
 # %% ../nbs/07b_cpu_linear.ipynb #d295248b
@@ -242,8 +242,7 @@ def composed(
     return Kernel(c=VECTORS + text + EXPAND + middle + main)
 
 # %% ../nbs/07b_cpu_linear.ipynb #29b8a249
-C_TYPES = {dtypes.float: 'float', dtypes.half: 'half', dtypes.bfloat16: 'bfloat',
-           dtypes.int8: 'char', dtypes.uint8: 'uchar'}
+PART_TYPES = C_TYPES | {dtypes.bfloat16: 'bfloat', dtypes.int8: 'char', dtypes.uint8: 'uchar'}
 
 def launch(
     kernel: str, # linear, swiglu or embed
@@ -255,7 +254,7 @@ def launch(
 ) -> Tensor: # y
     "Compose, compile and call; raises `NotImplementedError` for a format without a kernel."
     f, (N, K), T = w.format, w.shape, y.shape[0]
-    types = tuple(C_TYPES.get(part.dtype, '?') for part in w.parts)
+    types = tuple(PART_TYPES.get(part.dtype, '?') for part in w.parts)
     if (f.bits, f.scales) not in FORMATS or '?' in types:
         raise NotImplementedError(f'{f.name} weights have no kernel on the CPU')
     text = composed(kernel, (f.bits, f.scales), types, tuple(given))
@@ -282,15 +281,8 @@ def cpu_embed(
                   nbytes=read + y.nbytes() + tokens.nbytes())
 
 # %% ../nbs/07b_cpu_linear.ipynb #af912573
-TOTALS = '''
+TOTALS = FOLDED + '''
 #define MIX __builtin_shufflevector
-inlined float8 folded(vec v) {
-#if LANES == 16
-  return v.lo + v.hi;
-#else
-  return v;
-#endif
-}
 inlined float8 halved(float8 a, float8 b) {       // four parts of a, then four of b
   return MIX(a, b, 0,1,2,3, 12,13,14,15) + MIX(a, b, 4,5,6,7, 8,9,10,11);
 }

@@ -12,7 +12,7 @@ from .measure import Stopwatch
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['greedy', 'bucket', 'generate', 'same_greedy', 'check_prompt', 'StopText', 'TextStream', 'Generation']
+__all__ = ['greedy', 'bucket', 'generate', 'answer_logits', 'same_greedy', 'check_prompt', 'StopText', 'TextStream', 'Generation']
 
 # %% ../nbs/01_greedy.ipynb #edc7bd27
 def greedy(
@@ -52,16 +52,24 @@ def generate(
         yield token
 
 # %% ../nbs/01_greedy.ipynb #76883ee6
+def answer_logits(
+    model: Llama, # the model
+    prompt_ids: Sequence[int], # the prompt
+    tokens: Sequence[int], # what some engine generated
+) -> np.ndarray: # (len(tokens), V) scores that each of them was chosen from
+    "What the model says at every place of an answer: one forward pass, no cache, plain attention."
+    ids, first = [*prompt_ids, *map(int, tokens)], len(prompt_ids)
+    rows = list(range(first - 1, len(ids) - 1))
+    batch = InputBatch.of(ids[:-1], size=bucket(len(ids) - 1), rows=rows)
+    return model(batch, NoCache(), dense_attend).numpy()
+
 def same_greedy(
     model: Llama, # the model
     prompt_ids: Sequence[int], # the prompt
     tokens: Sequence[int], # what some engine generated
 ) -> bool: # is it what greedy decoding gives?
-    "Check generated tokens with one forward pass, no cache, plain attention."
-    ids, first = [*prompt_ids, *map(int, tokens)], len(prompt_ids)
-    rows = list(range(first - 1, len(ids) - 1))
-    batch = InputBatch.of(ids[:-1], size=bucket(len(ids) - 1), rows=rows)
-    return model(batch, NoCache(), dense_attend).numpy().argmax(-1).tolist() == ids[first:]
+    "Was each token the most likely one, given all before it?"
+    return answer_logits(model, prompt_ids, tokens).argmax(-1).tolist() == list(map(int, tokens))
 
 # %% ../nbs/01_greedy.ipynb #a94dec15
 def check_prompt(

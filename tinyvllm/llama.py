@@ -14,9 +14,9 @@ from .errors import BadInput
 from .weights import Checkpoint, open_checkpoint, tensor_shapes
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'DTYPES', 'ModelConfig', 'model_config', 'check_weights', 'Linear', 'RMSNorm', 'rope_frequencies',
-           'rope_table', 'apply_rope', 'InputBatch', 'NoCache', 'dense_attend', 'Attention', 'MLP', 'Layer', 'Llama',
-           'weight_bytes', 'kv_bytes', 'load_model']
+__all__ = ['ARCHITECTURES', 'DTYPES', 'ModelConfig', 'model_config', 'check_weights', 'read_config', 'Linear', 'RMSNorm',
+           'rope_frequencies', 'rope_table', 'apply_rope', 'InputBatch', 'NoCache', 'dense_attend', 'Attention', 'MLP',
+           'Layer', 'Llama', 'weight_bytes', 'kv_bytes', 'load_model']
 
 # %% ../nbs/00c_llama.ipynb #c6ee8583
 @dataclass(frozen=True)
@@ -131,6 +131,16 @@ def check_weights(
                            'incomplete or its config belongs to another model')
         if (found := tuple(checkpoint.names[name][0])) != shape:
             raise BadInput(f'{checkpoint.path}: {name} has shape {found}, the config says {shape}')
+
+def read_config(
+    checkpoint: Checkpoint, # what the files hold
+) -> ModelConfig: # checked, and so is the shape of every array
+    "The configuration of a model on disk; raises `BadInput`."
+    config = model_config(checkpoint.config)
+    if checkpoint.format == 'gguf' and 'lm_head.weight' not in checkpoint.names:
+        config = replace(config, tie_word_embeddings=True)   # GGUF has no key for it
+    check_weights(config, checkpoint)
+    return config
 
 # %% ../nbs/00c_llama.ipynb #134c213d
 class Linear:
@@ -336,10 +346,7 @@ def load_model(
     if dtype != 'auto' and dtype not in DTYPES:
         raise BadInput(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    config = model_config(checkpoint.config)
-    if checkpoint.format == 'gguf' and 'lm_head.weight' not in checkpoint.names:
-        config = replace(config, tie_word_embeddings=True)   # GGUF has no key for it
-    check_weights(config, checkpoint)
+    config = read_config(checkpoint)
     rope_frequencies(config)   # an unknown scaling is refused before the weights are read
     on_cpu = (device or Device.DEFAULT).startswith('CPU')
     if dtype == 'auto': dtype = 'float32' if on_cpu else 'float16'

@@ -15,11 +15,12 @@ from tinygrad.helpers import Context
 from .errors import BadInput
 from .flash import best_attend
 from .hub import bad_file, reading
-from .llama import Linear, Llama, ModelConfig, check_weights, model_config
+from .llama import Linear, Llama, ModelConfig, RMSNorm, read_config
 from .paged import PagedBatch, PagedKVCache
+from .simd import check_shapes
 from .tokenizer import load_tokenizer
-from .weights import (BLOCKS, Checkpoint, Entry, _read_json, _read_shards, free_cache,
-                              open_checkpoint, read_safetensors, read_tensor, unpermute)
+from .weights import (BLOCKS, Checkpoint, Entry, free_cache, open_checkpoint, read_tensor,
+                              unpermute)
 
 # %% auto #0
 __all__ = ['FORMATS', 'FLOATS', 'REPACK', 'TRIES', 'AWQ_ORDER', 'LINEARS', 'PORTABLE', 'SAMPLE', 'ENDS', 'Format', 'format_of',
@@ -119,6 +120,7 @@ class Packed:
     def __getitem__(self, rows: Tensor) -> Tensor: return embed(self, rows, self.dtype) # (T, K)
 
     def codes(self) -> Tensor: # (N, K) whole numbers
+        "One number for each weight, before scale and offset; not yet computed."
         if self.format.bits == 8: return self.parts[0]
         low = nibbles(self.parts[0])
         return low | (crumbs(self.parts[1]) << 4) if self.format.bits == 6 else low
@@ -462,9 +464,7 @@ def normed(
     eps: float, # added to the mean square
 ) -> Tensor: # (T, K) float32
     "RMSNorm in float32 throughout."
-    x = x.float()
-    if norm is None: return x
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.float()
+    return x.float() if norm is None else RMSNorm(norm.float(), eps)(x.float())
 
 def portable_linear(x, w, norm=None, eps=0.0, bias=None, add=None):
     "What `linear` computes, in tinygrad's own operations: the oracle of every kernel."
@@ -513,14 +513,6 @@ def dispatch(
     return PORTABLE[operation](*args, **options)
 
 # %% ../nbs/07a_quant.ipynb #53178984
-def _check(operation: str, **tensors: tuple):
-    "name=(tensor, wanted shape); None may be any size. Raises `BadInput`."
-    for name, (t, shape) in tensors.items():
-        if t is None or len(t.shape) == len(shape) and all(
-            want in (None, size) for size, want in zip(t.shape, shape)): continue
-        wanted = ', '.join('any' if n is None else str(n) for n in shape)
-        raise BadInput(f"{operation}: '{name}' has shape {t.shape}; it takes ({wanted})")
-
 def linear(
     x: Tensor, # (T, K) float or half
     w: Packed, # (N, K)
@@ -531,7 +523,8 @@ def linear(
 ) -> Tensor: # (T, N) in the type of x
     "`rmsnorm(x) @ W.T + bias + add` in one kernel, sums in float32. Raises `BadInput`."
     N, K = w.shape
-    _check('linear', x=(x, (None, K)), norm=(norm, (K,)), bias=(bias, (N,)), add=(add, (len(x), N)))
+    check_shapes('linear', x=(x, (None, K)), norm=(norm, (K,)), bias=(bias, (N,)),
+                 add=(add, (len(x), N)))
     return dispatch('linear', w, x, w, norm=norm, eps=eps, bias=bias, add=add)
 
 # %% ../nbs/07a_quant.ipynb #540666cc
@@ -542,7 +535,7 @@ def swiglu(
     eps: float=0.0, # of that norm
 ) -> Tensor: # (T, F) in the type of x
     "`silu(gate) * up` of RMSNorm(x), one kernel (Shazeer 2020, arXiv:2002.05202)."
-    _check('swiglu', x=(x, (None, w.shape[1])), norm=(norm, w.shape[1:]))
+    check_shapes('swiglu', x=(x, (None, w.shape[1])), norm=(norm, w.shape[1:]))
     return dispatch('swiglu', w, x, w, norm=norm, eps=eps)
 
 def embed(
@@ -551,7 +544,7 @@ def embed(
     dtype, # of the result
 ) -> Tensor: # (T, K)
     "Rows of a packed matrix, one kernel. Raises `BadInput`."
-    _check('embed', tokens=(tokens, (None,)))
+    check_shapes('embed', tokens=(tokens, (None,)))
     return dispatch('embed', w, w, tokens, dtype)
 
 # %% ../nbs/07a_quant.ipynb #dc6b5b6b
@@ -637,15 +630,7 @@ def open_packed(
     path: str | Path, # what `open_checkpoint` takes, or a folder of an AWQ or GPTQ model
 ) -> Checkpoint: # its headers
     "Read and check the headers of a model's files. Raises `BadInput`."
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if path.suffix == '.gguf' or not (folder/'config.json').is_file(): return open_checkpoint(path)
-    config = _read_json(folder/'config.json')
-    if not Foreign.of(folder/'config.json', config): return open_checkpoint(path)
-    index, single = folder/'model.safetensors.index.json', folder/'model.safetensors'
-    if not path.is_dir(): entries = read_safetensors(path)
-    else: entries = read_safetensors(single) if single.exists() else _read_shards(index)
-    return Checkpoint(path, 'safetensors', config, entries)
+    return open_checkpoint(path, check=Foreign.of)
 
 def logical(
     checkpoint: Checkpoint, # perhaps of AWQ or GPTQ
@@ -742,10 +727,7 @@ def load_packed(
 ) -> tuple[ModelConfig, dict[str, Packed | Tensor]]:
     "A model's configuration and packed weights. Raises `BadInput`."
     checkpoint = path if isinstance(path, Checkpoint) else open_packed(path)
-    config, whole = model_config(checkpoint.config), logical(checkpoint)
-    if checkpoint.format == 'gguf' and 'lm_head.weight' not in whole.names:
-        config = replace(config, tie_word_embeddings=True) # GGUF has no key for it
-    check_weights(config, whole)
+    config = read_config(logical(checkpoint))
     four = quant is not None and format_of(quant).bits == 4
     care = sampled_care(checkpoint, config, sample, device) if four and sample else None
     return config, packed_state(checkpoint, quant, device, care)

@@ -85,6 +85,7 @@ class Batch:
     steps: int = 1                                          # tokens for each, before it is asked
 
     def add(self, seq: Sequence, n: int, table: list[int], copies: list[tuple[int, int]]) -> None:
+        "Take in `n` tokens of a sequence; `copies` are blocks to copy before they are computed."
         self.seqs.append(seq); self.num_new.append(n); self.tables.append(table)
         self.copies += copies
         self.num_tokens += n

@@ -113,14 +113,16 @@ def element(
                    'it takes half or float')
 
 def check_shapes(
-    kernel: Kernel, # for the message
-    **shapes: tuple[Tensor, tuple], # by name: what there is, and the shape it should have
+    kernel: Kernel | str, # for the message
+    **shapes: tuple[Tensor | None, tuple], # by name: what there is, and its shape; None: any size
 ) -> None:
     "Refuse tensors that do not fit together, by name; raises `BadInput`."
+    who = kernel if isinstance(kernel, str) else f'kernel {kernel.signature.name}'
     for name, (tensor, shape) in shapes.items():
-        if tensor.shape != shape:
-            raise BadInput(f"kernel {kernel.signature.name}: '{name}' has shape {tensor.shape}; "
-                           f'it takes {shape}')
+        if tensor is None or len(tensor.shape) == len(shape) and all(
+            want in (None, size) for size, want in zip(tensor.shape, shape)): continue
+        wanted = str(shape).replace('None', 'any')
+        raise BadInput(f"{who}: '{name}' has shape {tensor.shape}; it takes {wanted}")
 
 # %% ../nbs/06_simd.ipynb #ca11dbe6
 def matvec_sizes(
@@ -141,8 +143,8 @@ def matvec(
     **sizes: int, # in place of those of `matvec_sizes`
 ) -> Tensor: # (N,) summed in float32
     "`w @ x` by a kernel of ours, in the lazy graph. Raises `BadInput`."
-    T, (N, K) = element(rung, w=w), w.shape if w.ndim == 2 else ('N', 'K')
-    check_shapes(rung, w=(w, (N, K)), x=(x, (K,)))
+    check_shapes(rung, w=(w, (None, None)), x=(x, w.shape[1:]))
+    T, (N, K) = element(rung, w=w), w.shape
     sizes = matvec_sizes(w.device, N) | sizes
     pack = next(n for n in (8, 4, 1) if K % n == 0 and n * w.dtype.itemsize <= 16)
     rows = sizes['SIMDS'] * {MATVEC_NAIVE: 32, MATVEC_ROWS: sizes['ROWS']}.get(rung, 1)

@@ -5,7 +5,7 @@
 # %% ../nbs/00b_weights.ipynb #c0e3ba1f
 from __future__ import annotations
 import json, math, os, re, struct, tempfile, zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -380,12 +380,17 @@ def _read_shards(index: Path) -> dict[str, Entry]:
         if name not in shards[file]: raise bad_file(index, f'puts {name!r} in {file}: not there')
     return {name: shards[file][name] for name, file in table.items()}
 
-def _read_config(folder: Path) -> dict:
-    "The config.json beside the weights. Raises `BadInput` for another library's quantisation."
-    config = _read_json(folder/'config.json')
-    if not (packed := config.get('quantization_config')): return config
+def _refuse_packed(path: Path, config: dict) -> None:
+    "Raises `BadInput` for another library's quantisation."
+    if not (packed := config.get('quantization_config')): return
     method = packed.get('quant_method') if isinstance(packed, dict) else packed
-    raise bad_file(folder/'config.json', f'unknown quantisation {method!r}', 'use the original')
+    raise bad_file(path, f'unknown quantisation {method!r}', 'use the original')
+
+def _read_config(folder: Path, check: Callable) -> dict:
+    "The config.json beside the weights, if it passes `check`."
+    config = _read_json(folder/'config.json')
+    check(folder/'config.json', config)
+    return config
 
 def _open_gguf(path: Path) -> Checkpoint:
     "A GGUF file, under Hugging Face's names."
@@ -397,27 +402,29 @@ def _open_gguf(path: Path) -> Checkpoint:
     return Checkpoint(path, 'gguf', metadata, _unique(path, named))
 
 # %% ../nbs/00b_weights.ipynb #ea0b4737
-def _open_folder(folder: Path) -> Checkpoint:
+def _open_folder(folder: Path, check: Callable) -> Checkpoint:
     "One model.safetensors, or shards with an index, or the only weights file there."
     single, index = folder/'model.safetensors', folder/'model.safetensors.index.json'
     if single.exists(): entries = read_safetensors(single)
     elif index.exists(): entries = _read_shards(index)
     else:
         files = sorted(f for f in folder.iterdir() if f.suffix in ('.safetensors', '.gguf'))
-        if len(files) == 1: return open_checkpoint(files[0])
+        if len(files) == 1: return open_checkpoint(files[0], check)
         found = ', '.join(f.name for f in files) or 'no .safetensors or .gguf file'
         raise bad_file(folder, f'holds {found}', 'name the one file to load (pickles are not read)')
-    return Checkpoint(folder, 'safetensors', _read_config(folder), entries)
+    return Checkpoint(folder, 'safetensors', _read_config(folder, check), entries)
 
 def open_checkpoint(
     path: str|Path, # a folder in Hugging Face layout, a .safetensors or a .gguf file
+    check: Callable=_refuse_packed, # takes config.json, path and content; may raise
 ) -> Checkpoint: # ready to load
     "Read and check the headers of a model's files. Raises `BadInput`."
     path = Path(path)
-    if path.is_dir(): return _open_folder(path)
+    if path.is_dir(): return _open_folder(path, check)
     if path.suffix == '.gguf': return _open_gguf(path)
     if path.suffix == '.safetensors':
-        return Checkpoint(path, 'safetensors', _read_config(path.parent), read_safetensors(path))
+        config = _read_config(path.parent, check)
+        return Checkpoint(path, 'safetensors', config, read_safetensors(path))
     raise bad_file(path, 'is no model', 'give a folder, a .safetensors or a .gguf file')
 
 # %% ../nbs/00b_weights.ipynb #e772001c
