@@ -1,89 +1,86 @@
-"""The fast path on an H100: PyTorch's best and ours, in turn, and the machine's limits in the same run.
+"""The fast path on an H100: PyTorch's best and ours, one after the other, and the machine's limits in the same run.
 
-    python benchmarks/h100.py                       # adds rows to benchmarks/results/h100.jsonl; many minutes
-    python benchmarks/h100.py --only decode --batch 1 32 --quant int8 int4-g32
+    python benchmarks/h100.py                    # adds rows to benchmarks/results/h100.jsonl; about ten minutes
+    python benchmarks/h100.py --only decode quant --batch 1 --quant int8 int4-g32
 
-TinyLlama-1.1B's shape with seeded random weights, 16 bits, 200 tokens in the cache: one stream, 32, 256; then one
-stream with quantised weights; then a prompt of 2048 tokens. Each measurement is a process of its own:
-`gpt_fast.py` and `tinyvllm bench`, one after the other, after the two limits (a bf16 matrix product, a copy). A
-row holds both sides' numbers, the ratio, and the share of the limit. Needs torch beside tinyvllm. What fails is
-written down, and the rest runs.
+TinyLlama-1.1B's shape with seeded random weights, 16 bits, about 200 tokens in the cache. First `gpt_fast.py`: a matrix
+product and a copy, decoding, a prompt. Then `tinyvllm bench`: decoding, also with eight steps for a decision; one stream
+with quantised weights; a prompt of 2048 tokens. A row holds both sides' numbers, the ratio, and the share of the limit.
+Needs torch beside tinyvllm. What fails is written down, and the rest runs.
 """
 import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
-from peers import RESULTS, Failed, output, tinyvllm_bench, write_row
+from peers import RESULTS, write_row
 
 HERE = Path(__file__).parent
+KINDS = 'decode', 'quant', 'prefill', 'steps'
 
 
-def torch_rows(args, *options) -> list[dict]:
-    "What `gpt_fast.py` prints."
-    what = '--shape', args.torch_shape, '--device', args.torch_device, '--context', args.context
-    text = output([sys.executable, HERE / 'gpt_fast.py', '--json', *what, '--tokens', args.tokens,
-                   '--repeat', args.repeat, *options])
-    return [json.loads(line) for line in text.splitlines() if line.startswith('{')]
-
-
-def ours(args, kind: str, *options) -> dict:
-    "What `tinyvllm bench` says."
-    device = ('--device', args.device) if args.device else ()
-    options = *device, '--model', args.model, '--repeat', args.repeat, *options
-    return tinyvllm_bench(kind, *map(str, options))
-
-
-def attempt(name: str, fn):
-    "The result, or the reason why there is none."
-    print(f'  {name} ...', file=sys.stderr)
+def json_rows(command: list, seconds: float) -> tuple[list[dict], str | None]:
+    "The JSON lines of a program, those before a time limit at least, and why there are no more."
+    print('  ', *command[1:], file=sys.stderr, flush=True)
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
     try:
-        return fn(), None
-    except Failed as error:
-        print(f'  {name}: {error}', file=sys.stderr)
-        return None, str(error)
+        run = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=seconds, env=env)
+        text, error = run.stdout, (run.stderr.strip().splitlines() or [''])[-1] if run.returncode else None
+    except subprocess.TimeoutExpired as late:
+        text, error = (late.stdout or b'').decode(), f'stopped after {seconds:.0f} s'
+    if error: print(f'  {error}', file=sys.stderr, flush=True)
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{')], error
 
 
-def decode_rows(args, limit: dict):
-    "One row per batch, then one per quantisation at one stream."
-    single = None
-    where = '--context', args.context, '--tokens', args.tokens, '--check', args.check
-    for batch in args.batch:
-        torch, torch_error = attempt(f'gpt_fast, {batch}', lambda: torch_rows(
-            args, '--batch', batch, '--prompt', 0, '--no-limits')[0])
-        row, error = attempt(f'tinyvllm, {batch}', lambda: ours(args, 'decode', '--batch', batch, *where))
-        single = row if batch == 1 else single
-        yield joined('decode', row, torch, limit, errors=[e for e in (torch_error, error) if e], batch=batch)
-    for quant in args.quant:
-        row, error = attempt(f'tinyvllm, {quant}', lambda: ours(args, 'decode', '--quant', quant, *where))
-        over = row and single and round(row['tok_s'] / single['tok_s'], 3)
-        yield joined('decode', row, None, limit, errors=[e for e in [error] if e], batch=1, quant=quant,
-                     over_16_bits=over)
+def torch_rows(args) -> dict:
+    "What `gpt_fast.py` measures: (what, batch) -> row."
+    command = [sys.executable, HERE / 'gpt_fast.py', '--json', '--shape', args.torch_shape, '--device',
+               args.torch_device, '--context', args.context, '--tokens', args.tokens, '--repeat', args.repeat,
+               '--batch', *args.batch, '--prompt', args.prompt if 'prefill' in args.only else 0]
+    rows, _ = json_rows(command, args.patience)
+    return {(row['what'], row.get('batch')): row for row in rows}
 
 
-def prefill_rows(args, limit: dict):
-    "One prompt."
-    torch, torch_error = attempt('gpt_fast, prefill', lambda: torch_rows(
-        args, '--batch', '--prompt', args.prompt, '--no-limits')[0])
-    row, error = attempt('tinyvllm, prefill', lambda: ours(args, 'prefill', '--context', args.prompt))
-    share = row and limit and round(row['tflop_s'] / limit['matmul_tflop_s'], 4)
-    yield joined('prefill', row, torch, limit, errors=[e for e in (torch_error, error) if e], matmul_share=share)
+def ours(args, kind: str, *options) -> list[dict]:
+    "What `tinyvllm bench` says; a row with an error where it says nothing."
+    device = ('--device', args.device) if args.device else ()
+    command = [sys.executable, '-m', 'tinyvllm', 'bench', kind, *device, '--model', args.model, '--repeat',
+               args.repeat, '--json', *options]
+    rows, error = json_rows(command, args.patience)
+    return rows + ([dict(error=error)] if error else [])
 
 
-def joined(what: str, row: dict | None, torch: dict | None, limit: dict, **more) -> dict:
+def measured(args, only: str):
+    "Rows of one kind: what it is, and what `tinyvllm bench` said."
+    decode = '--context', args.context, '--tokens', args.tokens
+    if only == 'decode':
+        yield from (('decode', row) for row in ours(args, 'decode', '--batch', *args.batch, '--check', args.check, *decode))
+    if only == 'steps':
+        more = ours(args, 'decode', '--batch', *args.batch, '--num-scheduler-steps', 8, '--no-count', *decode)
+        yield from (('decode', row | dict(num_scheduler_steps=8)) for row in more)
+    if only == 'quant':
+        for quant in args.quant:
+            yield from (('decode', row) for row in ours(args, 'decode', '--quant', quant, '--check', args.check, *decode))
+    if only == 'prefill':
+        yield from (('prefill', row) for row in ours(args, 'prefill', '--context', args.prompt, '--no-count'))
+
+
+def joined(what: str, row: dict, torch: dict, single: dict | None) -> dict:
     "Both sides in one row."
-    ratio = row and torch and round(row['tok_s'] / torch['tok_s'], 3)
-    gb_s = row and row['bytes_per_token'] / row['bytes_over_minimum'] * row['tok_s'] / 1e9
-    share = gb_s and limit and what == 'decode' and round(gb_s / limit['copy_gb_s'], 4)
-    return dict(what=what, tok_s=row and row['tok_s'], torch_tok_s=torch and torch['tok_s'], ratio=ratio,
-                copy_share=share or None, **limit, **more, tinyvllm=row, torch=torch)
-
-
-def limits(args) -> dict:
-    "TFLOP/s of a matrix product, GB/s of a copy."
-    rows, _ = attempt('limits', lambda: torch_rows(args, '--batch', '--prompt', 0))
-    found = {row['what']: row for row in rows or ()}
-    return dict(matmul_tflop_s=found['matmul']['tflop_s'], copy_gb_s=found['copy']['gb_s']) if found else {}
+    limits = dict(copy_gb_s=torch.get(('copy', None), {}).get('gb_s'),
+                  matmul_tflop_s=torch.get(('matmul', None), {}).get('tflop_s'))
+    theirs = torch.get((what, row.get('batch') if what == 'decode' else None))
+    if 'error' in row: return dict(what=what, **row, **limits)
+    shares = {}
+    if theirs: shares['over_torch'] = round(row['tok_s'] / theirs['tok_s'], 3)
+    if row['quant'] and single: shares['over_16_bits'] = round(row['tok_s'] / single['tok_s'], 3)
+    if what == 'decode' and limits['copy_gb_s']:
+        shares['copy_share'] = round(row['bandwidth_share'] * row['bandwidth_gb_s'] / limits['copy_gb_s'], 4)
+    if what == 'prefill' and limits['matmul_tflop_s']:
+        shares['matmul_share'] = round(row['tflop_s'] / limits['matmul_tflop_s'], 4)
+    return dict(what=what, **shares, torch_tok_s=theirs and theirs['tok_s'], **limits, **row, torch=theirs)
 
 
 def main() -> None:
@@ -91,22 +88,25 @@ def main() -> None:
     p.add_argument('--model', default='tinyllama-1.1b', help='a shape of `tinyvllm bench`')
     p.add_argument('--device', help="of tinyvllm; default: the best there is")
     p.add_argument('--batch', type=int, nargs='+', default=[1, 32, 256])
-    p.add_argument('--quant', nargs='*', default=['int8', 'int4-g32'], help='at one stream')
-    p.add_argument('--context', type=int, default=200)
+    p.add_argument('--quant', nargs='*', default=['int8', 'int4-g32', 'int4-g128'], help='at one stream')
+    p.add_argument('--context', type=int, default=168)
     p.add_argument('--tokens', type=int, default=56)
     p.add_argument('--prompt', type=int, default=2048)
     p.add_argument('--repeat', type=int, default=5, help='runs of each measurement; medians count')
     p.add_argument('--check', type=int, default=1, help='answers to compare with portable operations')
-    p.add_argument('--only', nargs='+', choices=['decode', 'prefill'], default=['decode', 'prefill'])
+    p.add_argument('--only', nargs='+', choices=KINDS, default=KINDS)
+    p.add_argument('--patience', type=float, default=900, help='seconds for one program')
     p.add_argument('--torch-shape', default='tinyllama-1.1b')
     p.add_argument('--torch-device', default='cuda')
     p.add_argument('--out', type=Path, default=RESULTS / 'h100.jsonl', help='rows are added here')
     args = p.parse_args()
-    limit = limits(args)
-    for what in args.only:
-        for row in dict(decode=decode_rows, prefill=prefill_rows)[what](args, limit):
-            write_row(args.out, row)
-            print(', '.join(f'{k} {v}' for k, v in row.items() if k not in ('tinyvllm', 'torch')), flush=True)
+    torch, single = torch_rows(args), None
+    for only in args.only:
+        for what, row in measured(args, only):
+            if only == 'decode' and row.get('batch') == 1: single = row
+            told = joined(what, row, torch, single)
+            write_row(args.out, told)
+            print(', '.join(f'{k} {v}' for k, v in told.items() if k != 'torch'), flush=True)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,8 @@ The engine here has the model with fused kernels, graphs, sampling on the device
 step late. Beside it stands the portable model, one token after the other, with `sampling` on the host.
 """
 import random
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 from tinygrad import Device, Tensor, TinyJit
 
 from test_scheduler import EOS, alone, next_token, prompt
+from tinyvllm import runner
 from tinyvllm.blocks import BlockManager
 from tinyvllm.engine import make_engine
 from tinyvllm.errors import BadInput
@@ -18,6 +21,7 @@ from tinyvllm.flash import best_attend, best_cache
 from tinyvllm.fusion import fused
 from tinyvllm.generate import same_greedy
 from tinyvllm.llama import Llama, model_config
+from tinyvllm.measure import counting
 from tinyvllm.metal import Kernel
 from tinyvllm.paged import EagerRunner
 from tinyvllm.runner import ARGUMENTS, AsyncScheduler, CPUGraph, JitRunner, Mail, graph_shape, power_of_four
@@ -250,3 +254,49 @@ def test_a_kernel_with_many_buffers_stays_outside_the_graph(monkeypatch):
     total = TinyJit(lambda x: (wide((Tensor.empty(1)), *parts[:-1], x) + 1).realize())
     for i in range(4):
         assert total(Tensor([float(i)]).realize()).item() == sum(range(n - 1)) + i + 1
+
+
+def test_metal_is_waited_for_by_command_buffer(monkeypatch):
+    "A page may be torn until the buffer of its step has ended; later ones are not waited for."
+    waited = []
+
+    class Buffer:
+        pass
+    first, second, third = buffers = [Buffer() for _ in range(3)]
+    device = SimpleNamespace(mtl_buffers_in_flight=[*buffers])
+    monkeypatch.setitem(sys.modules, 'tinygrad.runtime.ops_metal', SimpleNamespace(wait_check=waited.append))
+    monkeypatch.setattr(runner, 'Device', {'METAL': device})
+    runner.await_metal('METAL', second)
+    assert waited == [second] and device.mtl_buffers_in_flight == [third]
+    runner.await_metal('METAL', first)    # tinygrad has forgotten it already
+    assert waited == [second, first] and device.mtl_buffers_in_flight == [third]
+
+
+def test_a_replay_does_not_wait_for_the_one_before():
+    "Metal's graph would, because it might have to change; it gives a receipt."
+    graph = SimpleNamespace(command_buffer='old', estimates=SimpleNamespace(mem=3, ops=5))
+    seen = []
+
+    def call(*args):
+        seen.append((args, graph.command_buffer))
+        graph.command_buffer = 'new'
+    replay = runner.Replay(lambda: None)
+    replay.graph = type('Graph', (), {'__call__': lambda self, *args: call(*args), 'estimates': graph.estimates,
+                                      'command_buffer': property(lambda self: graph.command_buffer,
+                                                                 lambda self, x: setattr(graph, 'command_buffer', x))})()
+    with counting() as counts:
+        assert replay() == 'new'
+    assert seen == [(((), {}), None)] and (counts.kernels, counts.nbytes) == (1, 3)
+
+
+def test_a_capture_that_fails_leaves_the_numbers_in_step(model, monkeypatch):
+    "The device counts what it has run; what never ran has no number."
+    engine = make_engine(model, num_blocks=50, max_num_seqs=2)
+    with monkeypatch.context() as broken:
+        broken.setattr(runner.Replay, 'first', lambda self: 1 / 0)
+        engine.add_request('a', [1, 2, 3], SamplingParams(temperature=0, max_tokens=3))
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert engine.runner.mail.ticket == 0
+    engine.fail(RuntimeError('the step failed'))
+    assert answers(engine, [[1, 2, 3]], [SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)])[0][0][0][1] == 'length'

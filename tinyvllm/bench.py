@@ -124,7 +124,8 @@ def engine_stream(
 
 SHAPES = {   # random weights in a real model's shape; keys of config.json
     'tinyllama-1.1b': dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-                           num_key_value_heads=4, head_dim=64, vocab_size=32000, max_position_embeddings=2048),
+                           num_key_value_heads=4, head_dim=64, vocab_size=32000,
+                           max_position_embeddings=4096),    # its own is 2048: no room behind a prompt of 2048
     'smollm2-135m': dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                          num_key_value_heads=3, head_dim=64, vocab_size=49152, max_position_embeddings=8192,
                          rope_theta=100000.0, tie_word_embeddings=True),
@@ -239,7 +240,7 @@ class Load:
         return Workload(self.context, requests=self.batch).prompts(vocab_size)
 
 
-SLACK = 16   # tokens that an engine may be ahead of what it has reported
+SLACK = 64   # tokens that an engine may be ahead of what it has reported
 
 
 @dataclass

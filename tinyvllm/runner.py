@@ -26,9 +26,10 @@ from .sampling import Sampled
 from .scheduler import Batch, Scheduler, Sequence
 
 # %% auto #0
-__all__ = ['ARGUMENTS', 'REPLAY', 'PUBLISH', 'TOP', 'PAGES', 'captured', 'call_table', 'CPUGraph', 'overlapping', 'Mail',
-           'alternatives', 'Pending', 'penalised', 'power_of_four', 'graph_shape', 'Graph', 'history', 'use_graph',
-           'Replay', 'Launcher', 'JitRunner', 'AsyncScheduler', 'best_runner', 'best_scheduler']
+__all__ = ['ARGUMENTS', 'REPLAY', 'PUBLISH', 'TOP', 'PAGES', 'captured', 'call_table', 'CPUGraph', 'overlapping', 'await_metal',
+           'Mail', 'alternatives', 'Pending', 'penalised', 'power_of_four', 'graph_shape', 'use_graph', 'Replay',
+           'Step', 'Graph', 'history', 'Graphs', 'Launcher', 'JitRunner', 'AsyncScheduler', 'best_runner',
+           'best_scheduler']
 
 # %% ../nbs/07_tinyjit.ipynb #f53c1c6d
 def captured(
@@ -92,16 +93,16 @@ class CPUGraph(GraphRunner):
         return (GraphRunner.supports_uop(devices, call) and len(call.src) + 1 < ARGUMENTS
                 and all(v.expr == 'core_id' for v in arg.vars))
 
-# %% ../nbs/07_tinyjit.ipynb #4193da85
-def overlapping() -> type: # a graph of tinygrad's for CUDA
-    "Kernels in a row, where those that call `follow()` begin before the one before has ended."
+# %% ../nbs/07_tinyjit.ipynb #cba3798f
+def overlapping() -> type: # a class of graphs, as tinygrad's `CUDAGraph`
+    "Kernels in a row; one that calls `follow()` begins before the one before it has ended."
     from tinygrad.runtime.autogen import cuda
     from tinygrad.runtime.graph.cuda import CUDAGraph
     from tinygrad.runtime.ops_cuda import check
     driver = ctypes.CDLL('libcuda.so.1')
 
     class OverlappingGraph(CUDAGraph):
-        def new_node(self, bufs, write): return None, cuda.CUgraphNode()    # edges follow
+        def new_node(self, bufs, write): return None, cuda.CUgraphNode()    # edges come below
 
         def __init__(self, linear, input_uops=()):
             super().__init__(linear, input_uops)
@@ -109,11 +110,13 @@ def overlapping() -> type: # a graph of tinygrad's for CUDA
             for before, after, runtime in zip(nodes, nodes[1:], self.runtimes[1:]):
                 early = runtime is not None and b'griddepcontrol.wait' in runtime.lib
                 edge = (ctypes.c_ubyte * 8)(early, 0, early)    # ports, type: CUgraphEdgeData
+                ends = ctypes.byref(before), ctypes.byref(after)
                 check(driver.cuGraphAddDependencies_v2(
-                    self.graph, ctypes.byref(before), ctypes.byref(after), edge, ctypes.c_size_t(1)))
+                    self.graph, *ends, edge, ctypes.c_size_t(1)))
             check(cuda.cuGraphExecDestroy(self.instance))
             self.instance = cuda.CUgraphExec()
-            check(cuda.cuGraphInstantiate_v2(ctypes.byref(self.instance), self.graph, None, None, 0))
+            check(cuda.cuGraphInstantiate_v2(
+                ctypes.byref(self.instance), self.graph, None, None, 0))
     return OverlappingGraph
 
 # %% ../nbs/07_tinyjit.ipynb #e2e293af
@@ -146,10 +149,21 @@ kernel void publish(device int* mail, device int* last, device int* clock,
   page[0] = clock[0]++;
 }''')
 
-# %% ../nbs/07_tinyjit.ipynb #8b5e02ed
+# %% ../nbs/07_tinyjit.ipynb #ccdf7276
 TOP = 20    # alternatives that a request may ask for
 PAGES = 64  # replays whose results may wait to be read
 
+def await_metal(
+    device: str, # tinygrad's name
+    receipt, # a command buffer of Metal's
+) -> None:
+    "Wait for it, and let tinygrad forget it and those before. Raises what it failed with."
+    from tinygrad.runtime.ops_metal import wait_check
+    wait_check(receipt)
+    flight = Device[device].mtl_buffers_in_flight
+    if receipt in flight: del flight[:flight.index(receipt) + 1]
+
+# %% ../nbs/07_tinyjit.ipynb #553efdac
 class Mail:
     "Where the device leaves what it sampled: a page for each step, and the step's number on it."
     def __init__(self,
@@ -157,18 +171,16 @@ class Mail:
         device: str, # tinygrad's name
     ):
         self.size, self.device = 1 + rows * (3 + 2 * TOP), device
-        self.ticket, self.waited = 0, 0.0
+        self.ticket, self.waited, self.receipts = 0, 0.0, {}    # receipts of Metal's
         self.tensor, host = host_visible(PAGES * self.size, device)
         self.pages = host.reshape(PAGES, self.size)
         self.route, self.routes = host_visible(PAGES, device)
-        def buffer(n): return Tensor.ones(n, dtype=dtypes.int32, device=device).contiguous()
-        self.last, self.clock = (buffer(n).realize() for n in (rows, 1))
+        self.last, self.clock = (Tensor.ones(n, dtype=dtypes.int32, device=device).contiguous()
+                                 .realize() for n in (rows, 1))
 
     def announce(self, code: int) -> int:
         "The next replay, and what it will find in `route`: returns its ticket."
-        self.ticket += 1
-        self.routes[self.ticket % PAGES] = code
-        return self.ticket
+        self.ticket += 1; self.routes[self.ticket % PAGES] = code; return self.ticket
 
     def post(self, ids: Tensor, scores: Tensor, tops: tuple | None) -> None:
         "The last kernel of a step."
@@ -179,6 +191,7 @@ class Mail:
     def read(self, ticket: int) -> np.ndarray:
         "The page of a step; waits until it is written. Raises what the device failed with."
         start, page = time.perf_counter(), self.pages[ticket % PAGES]
+        if receipt := self.receipts.pop(ticket, None): await_metal(self.device, receipt)
         while page[0] != ticket:
             if time.perf_counter() - start > 1: Device[self.device].synchronize()
             else: time.sleep(2e-5)
@@ -202,7 +215,7 @@ def alternatives(
         return dict([*likely, (chosen[i], logprobs[i])])
     return [None if k is None else told(i, k) for i, k in enumerate(wanted)]
 
-# %% ../nbs/07_tinyjit.ipynb #8a87efe8
+# %% ../nbs/07_tinyjit.ipynb #fa3b5c0c
 class Pending:
     "The tokens of a decision on its way. Reading them waits for the device."
     def __init__(self, mail: Mail, batch: Batch, tickets: list[int], rows: int):
@@ -216,7 +229,8 @@ class Pending:
         n, page, rows = len(self.batch.seqs), self.mail.read(ticket), self.rows
         ids, scores = page[1:1 + n].tolist(), page[1 + rows:][:2 * n].view(np.float32)
         sums = np.log(scores[1::2])
-        logprobs, wanted = (scores[::2] - sums).tolist(), [s.params.logprobs for s in self.batch.seqs]
+        logprobs = (scores[::2] - sums).tolist()
+        wanted = [seq.params.logprobs for seq in self.batch.seqs]
         if all(k is None for k in wanted): return ids, list(map(Sampled, ids, logprobs, wanted))
         told = alternatives(page, rows, wanted, ids, logprobs, sums)
         return ids, list(map(Sampled, ids, logprobs, told))
@@ -249,16 +263,47 @@ def graph_shape(
     if tokens == rows: return bucket(rows), bucket(rows)
     return max(16, bucket(tokens)), power_of_four(rows, least=1)
 
-# %% ../nbs/07_tinyjit.ipynb #657652a2
-class Graph:
-    "One captured step: so many tokens of so many sequences, with tables so wide."
-    def __init__(self, runner, steps: int, tokens: int, rows: int, width: int, seen: int, tops: bool):
-        self.runner, self.rows, self.tops, self.steps = runner, rows, tops, steps
-        self.inputs = Inputs(runner.mail.device, tokens, rows, width, seen, steps)
-        self.replay = Replay(self.step)
+# %% ../nbs/07_tinyjit.ipynb #9aaf3574
+def use_graph(
+    device: str, # tinygrad's name
+) -> None:
+    "Have steps of this device replayed by the best graph there is for it."
+    if device.startswith('CPU'): Device[device].graph = CPUGraph
+    if device.startswith('CUDA') and Device[device].renderer.target.arch >= 'sm_90':
+        Device[device].graph = overlapping()
 
-    def step(self) -> None:
-        "All that the device does in a step."
+# %% ../nbs/07_tinyjit.ipynb #902566ef
+class Replay:
+    "A step, captured when it first runs. Calling it returns Metal's receipt, elsewhere None."
+    def __init__(self, step):
+        self.jit, self.graph = captured(step), None
+
+    def __call__(self):
+        if self.graph is None: return self.first()
+        metal = hasattr(self.graph, 'command_buffer')
+        if metal: self.graph.command_buffer = None    # nothing in it changes: no need to wait
+        GlobalCounters.kernel_count += 1
+        GlobalCounters.global_mem += self.graph.estimates.mem
+        GlobalCounters.global_ops += self.graph.estimates.ops
+        self.graph((), {})
+        return self.graph.command_buffer if metal else None
+
+    def first(self):
+        "Through tinygrad. A step that is one graph needs it no more."
+        self.jit()
+        graphs = [graph_cache.get(call.src[0]) for call in self.jit.captured.linear.src]
+        if len(graphs) == 1: self.graph = graphs[0]
+        return getattr(graphs[-1], 'command_buffer', None)
+
+# %% ../nbs/07_tinyjit.ipynb #9b86bc1c
+class Step:
+    "All that the device does for so many tokens of so many sequences, with tables so wide."
+    def __init__(self, runner, steps: int, *sizes: int, tops: bool):
+        self.runner, self.rows, self.tops, self.steps = runner, sizes[1], tops, steps
+        self.inputs = Inputs(runner.mail.device, *sizes, steps)
+
+    def __call__(self) -> None:
+        "Realize it."
         runner, mail = self.runner, self.runner.mail
         x = self.inputs.prepare(mail, runner.cache.block_size)
         batch = PagedBatch(x['tokens'], x['positions'], x['rows'], 0, x['slots'], x['tables'],
@@ -267,13 +312,22 @@ class Graph:
         odds = penalise(raw, x['seen'], x['counts'], x['begins'], wish) if 'seen' in x else raw
         mail.post(*sample(odds, wish, raw), likeliest(raw, TOP) if self.tops else None)
 
-    def run(self, page: int, steps: int) -> list[int]:
-        "Replay with a page of the inputs, so many times: the tickets."
-        mail, tickets = self.runner.mail, []
-        for later in range(steps):
-            tickets.append(mail.announce(page * self.steps + later))
-            with Context(SPLIT_REDUCEOP=0, JIT_BATCH_SIZE=0, PARALLEL=0): self.replay()
-        return tickets
+# %% ../nbs/07_tinyjit.ipynb #1ce1d69d
+class Graph(Step):
+    "A step that is captured once."
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.replay = Replay(super().__call__)
+
+    def __call__(self, page: int, later: int) -> int:
+        "Replay with a page of the inputs, for the so manieth time: its ticket."
+        mail = self.runner.mail
+        ticket = mail.announce(page * self.steps + later)
+        try:
+            with Context(SPLIT_REDUCEOP=0, JIT_BATCH_SIZE=0, PARALLEL=0): receipt = self.replay()
+        except BaseException: mail.ticket -= 1; raise    # the device has not counted it
+        if receipt is not None: mail.receipts[ticket] = receipt
+        return ticket
 
 # %% ../nbs/07_tinyjit.ipynb #f3fb8d3d
 def history(
@@ -289,35 +343,8 @@ def history(
     counts = Counter(said)
     return [(i, counts[i]) for i in {*seq.token_ids[:seq.num_prompt], *said}]
 
-# %% ../nbs/07_tinyjit.ipynb #1b0471e6
-def use_graph(
-    device: str, # tinygrad's name
-) -> None:
-    "Have steps of this device replayed by the best graph there is for it."
-    if device.startswith('CPU'): Device[device].graph = CPUGraph
-    if device.startswith('CUDA') and Device[device].renderer.target.arch >= 'sm_90':
-        Device[device].graph = overlapping()
-
-class Replay:
-    "A step, captured when it first runs. Later the graph is called without tinygrad's checks."
-    def __init__(self, step):
-        self.jit, self.graph = captured(step), None
-
-    def __call__(self) -> None:
-        if self.graph is None: return self.first()
-        GlobalCounters.kernel_count += 1
-        GlobalCounters.global_mem += self.graph.estimates.mem
-        GlobalCounters.global_ops += self.graph.estimates.ops
-        self.graph((), {})
-
-    def first(self) -> None:
-        "Through tinygrad. A step that is one graph needs it no more."
-        self.jit()
-        graphs = [graph_cache.get(call.src[0]) for call in self.jit.captured.linear.src]
-        if len(graphs) == 1: self.graph = graphs[0]
-
-# %% ../nbs/07_tinyjit.ipynb #8f15a195
-class Launcher:
+# %% ../nbs/07_tinyjit.ipynb #832e7508
+class Graphs:
     "A model with its graphs, one for each shape that a step has had."
     def __init__(self,
         model: Llama, # the model
@@ -336,11 +363,15 @@ class Launcher:
         "The graph for the sizes of a batch; a size that is new is captured when it runs."
         tops = any(seq.params.logprobs for seq in batch.seqs)
         width = power_of_four(max(map(len, batch.tables)), least=16)
-        key = *graph_shape(batch.num_tokens, len(batch.seqs)), width, seen, tops
+        *sizes, tops = key = *graph_shape(batch.num_tokens, len(batch.seqs)), width, seen, tops
         if key not in self.graphs or self.graphs[key].steps < batch.steps:
-            self.graphs[key] = Graph(self, power_of_four(batch.steps, least=1), *key)
+            steps = power_of_four(batch.steps, least=1)
+            self.graphs[key] = Graph(self, steps, *sizes, tops=tops)
         return self.graphs[key]
 
+# %% ../nbs/07_tinyjit.ipynb #b1e3376b
+class Launcher(Graphs):
+    "Gives the device its steps."
     def launch(self, batch: Batch) -> Pending:
         "Fill a page, and replay its graph as often as the batch has steps."
         lists = [history(seq, self.before) if penalised(seq) else [] for seq in batch.seqs]
@@ -349,7 +380,8 @@ class Launcher:
         page = graph.inputs.next_page()
         page.fill(batch, self.places)
         if seen: page.fill_seen(lists)
-        pending = Pending(self.mail, batch, graph.run(graph.inputs.used, batch.steps), graph.rows)
+        tickets = [graph(graph.inputs.used, later) for later in range(batch.steps)]
+        pending = Pending(self.mail, batch, tickets, graph.rows)
         self.places = {seq.id: i for i, seq in enumerate(batch.seqs)}
         return pending
 
