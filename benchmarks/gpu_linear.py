@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_linear.py                  # checks, then races; rows to benchmarks/results/gpu_linear.jsonl
     python benchmarks/gpu_linear.py --check          # the checks alone: a minute
+    python benchmarks/gpu_linear.py --chosen         # what the package chooses against PyTorch: the whole table
     python benchmarks/gpu_linear.py --formats f16 --tokens 1 32 --minutes 2
     python benchmarks/gpu_linear.py --device METAL --check    # in the simulator: tiny shapes, a few formats
 
@@ -51,19 +52,19 @@ def sized(rung: str, names: str, *rows: tuple) -> list[dict]:
     return [dict(rung=rung, **dict(zip(names.split(), row))) for row in rows]
 
 
-stream = partial(sized, 'stream', 'TILES WARPS DEPTH SPLIT RESIDENT')
+stream = partial(sized, 'stream', 'TILES WARPS DEPTH RESIDENT')
 tiles = partial(sized, 'tiles', 'BM BN BK STAGES WM WN RESIDENT')
 matrix_units = partial(sized, 'tiles', 'BM BN BK WM WN')
 lanes = partial(sized, 'lanes', 'SIMDS ROWS UNROLL TOKENS')
 CANDIDATES = {    # by tokens, beside what the package chooses; f16 tries all of them, other formats the first ones
     'CUDA': {
-        1: stream((1, 16, 4, 1, 2), (1, 8, 4, 1, 4), (1, 32, 2, 1, 1), (1, 32, 4, 1, 1), (1, 24, 4, 1, 1), (1, 4, 4, 1, 6),
-                  (1, 8, 2, 1, 5), (1, 16, 2, 1, 3), (2, 8, 2, 1, 3)) + lanes((8, 2, 2, 1)),
-        8: stream((1, 16, 4, 1, 2), (1, 8, 4, 1, 3), (2, 8, 2, 1, 3), (1, 32, 2, 1, 1)),
-        16: stream((1, 16, 3, 1, 1), (1, 8, 3, 1, 3), (2, 8, 2, 1, 2), (1, 16, 4, 1, 1), (2, 4, 2, 1, 5)),
-        32: stream((1, 16, 2, 1, 1), (2, 8, 1, 1, 2), (2, 4, 2, 1, 4), (2, 8, 2, 1, 2), (1, 8, 2, 1, 3),
-                   (2, 4, 1, 1, 5), (1, 4, 4, 1, 5)) + tiles((32, 64, 64, 3, 1, 4, 4), (32, 128, 32, 3, 1, 4, 4)),
-        64: stream((2, 8, 1, 1, 1), (2, 4, 2, 1, 2), (1, 8, 2, 1, 2), (2, 8, 2, 1, 1))
+        1: stream((1, 16, 4, 2), (1, 8, 4, 4), (1, 32, 2, 1), (1, 32, 4, 1), (1, 24, 4, 1), (1, 4, 4, 6),
+                  (1, 8, 2, 5), (1, 16, 2, 3), (2, 8, 2, 3)) + lanes((8, 2, 2, 1)),
+        8: stream((1, 16, 4, 2), (1, 8, 4, 3), (2, 8, 2, 3), (1, 32, 2, 1)),
+        16: stream((1, 16, 3, 1), (1, 8, 3, 3), (2, 8, 2, 2), (1, 16, 4, 1), (2, 4, 2, 5)),
+        32: stream((1, 16, 2, 1), (2, 8, 1, 2), (2, 4, 2, 4), (2, 8, 2, 2), (1, 8, 2, 3),
+                   (2, 4, 1, 5), (1, 4, 4, 5)) + tiles((32, 64, 64, 3, 1, 4, 4), (32, 128, 32, 3, 1, 4, 4)),
+        64: stream((2, 8, 1, 1), (2, 4, 2, 2), (1, 8, 2, 2), (2, 8, 2, 1))
         + tiles((64, 64, 64, 3, 2, 2, 3), (64, 128, 32, 3, 1, 4, 3), (64, 64, 32, 4, 2, 2, 4)),
         256: tiles((64, 64, 64, 3, 2, 2, 3), (64, 128, 32, 3, 1, 4, 3), (128, 128, 32, 3, 2, 2, 2),
                    (64, 64, 32, 4, 2, 2, 4), (128, 64, 32, 4, 2, 2, 3), (64, 64, 64, 3, 1, 2, 4)),
@@ -89,7 +90,7 @@ def tried(name: str, what: str, T: int) -> list[dict]:
     N, K, use = MATRICES[what]
     few = None if name == 'f16' else 6 if T <= 64 else 0
     norms = [dict(NORM=0)] if wide(what) and T <= 8 and name == 'f16' else []    # in a launch of its own
-    return [c for c in candidates(T)[:few] if fits(c, T, use == 'gated')] + norms
+    return [c for c in candidates(T)[:few] if fits(c, T)] + norms
 
 
 def wide(what: str) -> bool:
@@ -98,13 +99,12 @@ def wide(what: str) -> bool:
     return (N // 2 if use == 'gated' else N) >= K and use != 'add'
 
 
-def fits(c: dict, T: int, gated: bool) -> bool:
+def fits(c: dict, T: int) -> bool:
     "Into the shared memory that a kernel may declare, by the kernels' formulas?"
     if 'STAGES' in c: return c['STAGES'] * (c['BM'] + c['BN']) * c['BK'] * 2 <= 49152
     if c['rung'] != 'stream': return True
     eights = -(-T // 8)
-    split = 2 * (8 if gated else 16) * eights * 8 * 4 if c['SPLIT'] > 1 else 0
-    return c['WARPS'] * eights * 640 + split + 3 * eights * 32 <= 49152
+    return c['WARPS'] * (eights * 640 + 32) <= 49152
 
 
 def label(sizes: dict) -> str:
@@ -183,12 +183,12 @@ def matrix(name: str, N: int, K: int) -> tuple:
     return w, w.dequantize(dtypes.float).numpy().astype(np.float64)
 
 
-def checks(formats, tokens, real: bool) -> list[str]:
-    "What is wrong."
+def checks(formats, tokens, real: bool, more: bool) -> list[str]:
+    "What is wrong; with the candidates, if more is wanted."
     wrong, worst = [], {}
     work = [(case, {}) for case in cases(formats, tokens, real)]
-    if real: work += [((name, T, 2048, 2048, 'add'), c) for name in formats for T in TOKENS
-                      for c in candidates(T) if fits(c, T, False) and (name == 'f16' or c.get('SPLIT', 1) == 2)]
+    if more and 'f16' in formats:
+        work += [(('f16', T, 2048, 2048, 'add'), c) for T in TOKENS for c in candidates(T) if fits(c, T)]
     for (name, *shape), sizes in work:
         try: error = check(name, *shape, **sizes)
         except Exception as why: error, told = float('inf'), reason(why)
@@ -240,13 +240,13 @@ def contestants(name: str, what: str, T: int, ws: list[Packed], some: list[dict]
     return found | ({'pytorch': theirs} if name == 'f16' and torch else {})
 
 
-def races(formats, tokens, matrices):
+def races(args):
     "Format, matrix, tokens and candidates: the most wanted first."
-    for T in tokens:
-        for name in formats:
-            if name != 'f16' and T > 64 and name != formats[-1]: continue    # the same but for dequantising
-            for what in matrices:
-                yield name, what, T, tried(name, what, T)
+    for T in args.tokens:
+        for name in args.raced:
+            if name != 'f16' and T > 64 and name != args.raced[-1]: continue    # the same but for dequantising
+            for what in args.matrices:
+                yield name, what, T, [] if args.chosen else tried(name, what, T)
 
 
 def rows_of(name: str, what: str, T: int, found: dict, copy: float, nbytes: int) -> list[dict]:
@@ -311,7 +311,7 @@ def planned(args, real: bool):
     for name, T, N, K, use in cases(args.formats, args.checked, real):
         yield partial(one, name, T, N, K, use, use != 'gated', {})
     if args.check: return
-    for name, what, T, some in races(args.raced, args.tokens, args.matrices):
+    for name, what, T, some in races(args):
         (N, K, use), chained = MATRICES[what], wide(what)
         for sizes in [{}, *some]: yield partial(one, name, T, N, K, use if chained else 'add', not chained, sizes)
 
@@ -331,6 +331,7 @@ def arguments(argv):
     parser.add_argument('--formats', nargs='+', choices=FORMATS, help='default: all are checked, the first three raced')
     parser.add_argument('--tokens', nargs='+', type=int, choices=TOKENS, default=TOKENS[:5])
     parser.add_argument('--matrices', nargs='+', choices=list(MATRICES), default=list(MATRICES))
+    parser.add_argument('--chosen', action='store_true', help='race only what the package chooses, and PyTorch')
     parser.add_argument('--check', action='store_true', help='no races')
     parser.add_argument('--no-check', action='store_true', help='races alone')
     parser.add_argument('--device', help='CUDA or METAL; default: the best there is')
@@ -357,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
             with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), get_context('spawn')) as pool:
                 compile_all(args, real, pool)
         print(f'{time.monotonic() - start:.0f} s', flush=True)
-        wrong = checks(args.formats, args.checked, real) if args.checked else []
+        wrong = checks(args.formats, args.checked, real, real and not args.chosen) if args.checked else []
         print(f'{time.monotonic() - start:.0f} s', flush=True)
         rows = [] if args.check else measure(args, about, start, OUT if real else None)
         verdict(rows)
@@ -379,7 +380,7 @@ def measure(args, about: dict, start: float, out: Path | None) -> list[dict]:
     copy = max(4 * n / s for s, _ in race(copies(FULL, n)).values())
     forget()
     rows, kept = [], (None, None)
-    for name, what, T, some in races(args.raced, args.tokens, args.matrices):
+    for name, what, T, some in races(args):
         if time.monotonic() - start > 60 * args.minutes:
             print(f'  {name} {what} {T}: out of time', flush=True)
             continue

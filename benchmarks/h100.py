@@ -62,7 +62,7 @@ def measured(args, only: str):
         yield from (('decode', row | dict(num_scheduler_steps=8)) for row in more)
     if only == 'quant':
         for quant in args.quant:
-            yield from (('decode', row) for row in ours(args, 'decode', '--quant', quant, '--check', args.check, *decode))
+            yield from (('decode', row) for row in ours(args, 'decode', '--quant', quant, '--no-count', *decode))
     if only == 'prefill':
         yield from (('prefill', row) for row in ours(args, 'prefill', '--context', args.prompt, '--no-count'))
 

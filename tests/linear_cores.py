@@ -10,7 +10,7 @@ import numpy as np
 from tensor_cores import PLAYED
 from tinygrad import Tensor
 
-from tinyvllm.gpu_linear import ATTRIBUTES, CLUSTERS, TENSOR, kernel_of
+from tinyvllm.gpu_linear import ATTRIBUTES, TENSOR, kernel_of
 from tinyvllm.metal import Kernel
 
 COPIES = '''
@@ -63,48 +63,27 @@ template <class P> inlined void load(thread float* x, device const P* p) {
 }
 inlined float root(float x) { return rsqrt(x); }
 inlined float silu(float x) { return x / (1.0f + exp(-x)); }
-inlined int exponent(float x) { return (int)(as_type<uint>(x) >> 23) - 127; }
 inlined void meet() { threadgroup_barrier(mem_flags::mem_threadgroup); }
 '''
-
-
-class Played(Kernel):
-    "A cluster of SPLIT blocks is one threadgroup of the simulator, so its grid is shorter and its threads are more."
-    def __call__(self, *tensors, grid, threads, SPLIT=1, **constants):
-        grid, threads = (grid[0] // SPLIT, *grid[1:]), (threads[0] * SPLIT,)
-        return super().__call__(*tensors, grid=grid, threads=threads, SPLIT=SPLIT, **constants)
 
 
 def entry(match: re.Match) -> str:
     "Metal's words for where the kernel begins."
     parameters = re.sub(r'(const )?(\w+\*)', r'device \1\2', match[2])
-    where = ATTRIBUTES[:ATTRIBUTES.index('{') + 1]
-    return f"""kernel void {match[1]}({parameters}{where}
-  const int lane = lane_, simd = simd_ % WARPS, me = simd * 32 + lane, member = simd_ / WARPS;
-  const int block = group.x * SPLIT + member, turn = group.y;
-"""
-
-
-def shared(match: re.Match) -> str:
-    "Shared memory of each block of a cluster; by its name a block means its own."
-    names = re.findall(r'(\w+)((?:\[[^\]]*(?:\[[^\]]*\][^\]]*)*\])+)', match[2])
-    return ''.join(f'threadgroup {match[1]} {name}_all[SPLIT]{size};\n#define {name} {name}_all[member]\n'
-                   for name, size in names)
+    return f'kernel void {match[1]}({parameters}{ATTRIBUTES}  const int block = group.x, turn = group.y;\n'
 
 
 def played(rung: str, text: str = '', **variant) -> Kernel:
     "The CUDA text of a rung as a kernel for the simulator: other words for memory, for the entry and for assembly."
     body = text or kernel_of(rung, **variant).cuda
-    body = body[len(TENSOR):].replace(CLUSTERS, '')
+    body = body[len(TENSOR):]
     body = re.sub(r'\ninlined void arrived\(\).*?\}\n', '\n', body, flags=re.S)
     body, entries = re.subn(r'extern "C".*?(linear_\w+)\((.*?)\) \{.*?int block = blockIdx.x, turn = blockIdx.y;\n',
                             entry, body, flags=re.S)
     assert entries == 1
-    body = re.sub(r'remote\(&(\w+)(\[.*?\]), s\)', r'\1_all[s]\2', body)
-    body = re.sub(r'__shared__(?: __align__\(16\))? (\w+) ([^;]+);', shared, body).replace('__align__(16) ', '')
+    body = body.replace('__shared__', 'threadgroup').replace('__align__(16) ', '')
     start, end = PLAYED.index('struct Copy'), PLAYED.index('inlined float power')
-    one = '#ifndef SPLIT\n#define SPLIT 1\n#endif\n#define meet_cluster meet\n'
-    return Played(PLAYED[:start] + COPIES + PLAYED[end:] + WORDS + one + body)
+    return Kernel(PLAYED[:start] + COPIES + PLAYED[end:] + WORDS + body)
 
 
 # --- matrices in every format, in numpy

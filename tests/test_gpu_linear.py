@@ -1,6 +1,7 @@
 """The matrix kernels for GPUs: every format, before and after, against float64, whole and broken.
 
 Metal's texts run in the simulator; CUDA's run there too, with the tensor cores played (`linear_cores`)."""
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -25,9 +26,8 @@ pytestmark = simulator
 few = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 EPS = 0.1      # large, so that it shows
 TOLERANCE = {'float16': 2e-3, 'float32': 1e-5}
-STREAMS = [dict(TILES=1, WARPS=2, DEPTH=2, SPLIT=1, RESIDENT=1), dict(TILES=2, WARPS=3, DEPTH=1, SPLIT=1, RESIDENT=1),
-           dict(TILES=1, WARPS=1, DEPTH=3, SPLIT=1, RESIDENT=1), dict(TILES=1, WARPS=2, DEPTH=2, SPLIT=2, RESIDENT=1),
-           dict(TILES=2, WARPS=1, DEPTH=1, SPLIT=4, RESIDENT=1)]
+STREAMS = [dict(TILES=1, WARPS=2, DEPTH=2, RESIDENT=1), dict(TILES=2, WARPS=3, DEPTH=1, RESIDENT=1),
+           dict(TILES=1, WARPS=1, DEPTH=3, RESIDENT=1), dict(TILES=1, WARPS=8, DEPTH=2, RESIDENT=1)]
 BLOCKS = [dict(BM=32, BN=32, BK=32, STAGES=3, WM=1, WN=2, RESIDENT=1),
           dict(BM=32, BN=64, BK=64, STAGES=2, WM=2, WN=2, RESIDENT=1),
           dict(BM=64, BN=32, BK=32, STAGES=4, WM=2, WN=1, RESIDENT=1)]
@@ -45,14 +45,13 @@ class Wanted:
     add: bool = False
     gated: bool = False
     dtype: str = 'float16'
-    scale: float = 1.0       # of the tokens
 
 
 def case(wanted: Wanted, seed: int = 0) -> Case:
     "Random inputs; the answer in float64."
     rng, f = np.random.default_rng(seed), wanted
     parts, w = numbers(rng, f.name, f.N, f.K)
-    x = (f.scale * rng.standard_normal((f.T, f.K))).astype(f.dtype)
+    x = rng.standard_normal((f.T, f.K)).astype(f.dtype)
     inputs, y = dict(x=x), x.astype(np.float64)
     if f.norm:
         inputs['norm'] = (1 + rng.standard_normal(f.K) / 4).astype(np.float32)
@@ -129,8 +128,8 @@ def test_tensor_cores_on_a_stream(wanted, sizes):
     with playing(): assert error(wanted, rung='stream', **sizes) <= 2e-3
 
 
-@pytest.mark.parametrize('sizes', STREAMS[3:], ids=str)
-def test_blocks_of_a_cluster_share_rows(sizes):
+@pytest.mark.parametrize('sizes', STREAMS, ids=str)
+def test_warps_share_the_columns_of_rows(sizes):
     with playing():
         assert error(Wanted('int4-g32', 3, 42, 416, norm=True), rung='stream', **sizes) <= 2e-3
         assert error(Wanted('f16', 10, 42, 200, norm=True, add=True), rung='stream', **sizes) <= 2e-3
@@ -311,22 +310,12 @@ MUTANTS = {
         'columns swapped': ('one, b[n].x, b[n].y', 'one, b[n].y, b[n].x'),
         'tokens of nobody read': ('t < TOKENS && at < K', 'at < K'),
         'columns beyond the row': ('if (AT(step) < K)', 'if (true)'),
-        'tokens of others written': ('t < TOKENS && n < OUT MINE', 'n < OUT MINE'),
-        'rows of others written': ('&& n < OUT MINE', 'MINE'),
+        'tokens of others written': ('t < TOKENS && n < OUT)', 'n < OUT)'),
+        'rows of others written': ('&& n < OUT)', ')'),
         'zero of the format': ('0x00080008u', '0x00070007u'), 'bytes out of order': ('0x3120', '0x3210', 0),
         'nibbles swapped': ('p < 2 ? minus', 'p >= 2 ? minus'), 'ups from the gates': ('(GATED ? (r) * OUT : 0)', '0'),
         'scaled twice': ('(1.0f / BOOST)', '1.0f'),
         'the next load in the wrong place': ('FETCH(d, step + DEPTH)', 'FETCH(d, step + 1)')},
-    'way': {
-        'squares read before they are there': ('meet();', '', 1), 'not scaled back': ('* factor[t]', ''),
-        'squares of one lane': ('square[n] += across(square[n], 2);', ''),
-        'another power': ('min(8, -exponent', 'min(8, exponent'),
-        'norm of other columns': ('norm + at + p * 8', 'norm + at'),
-        'the power twice': ('EPS * power[t] * power[t]', 'EPS'),
-        'a power forgotten': ('power_of[n] = lower(by[n]);', 'power_of[n] = 1.0f;'),
-        'a warp without squares': ('sum += squares[s * EIGHTS', 'sum = squares[s * EIGHTS'),
-        'tokens of others': ('min(n * 8 + g, TOKENS - 1)', '(n * 8 + g)'),
-        'columns beyond the row': ('if (at < K) load(by_column', 'load(by_column')},
     'tiles': {
         'copies awaited too late': ('arrived();', ''), 'a group never closed': ('commit();', '', 1),
         'tokens of nobody read': ('t0 + r0, step)', 't0, step)'),
@@ -340,11 +329,10 @@ MUTANTS = {
         'halves of k swapped': ('lane / 16) ^ turn_a', '1 - lane / 16) ^ turn_a')}}
 HOW = {'lanes': dict(rung='lanes', SIMDS=2, ROWS=2, TOKENS=2),
        'matrix': dict(rung='tiles', BM=16, BN=32, BK=32, WM=1, WN=2), 'stream': dict(rung='stream', **STREAMS[0]),
-       'way': dict(rung='stream', NORM=2, **STREAMS[0]), 'tiles': dict(rung='tiles', **BLOCKS[0])}
+       'tiles': dict(rung='tiles', **BLOCKS[0])}
 CASES = {'lanes': [Wanted('int4-g32', 3, 11, 1088, norm=True), Wanted('f16', 3, 22, 264, gated=True)],
          'matrix': [Wanted('int4-g32', 18, 43, 96, add=True), Wanted('f16', 9, 44, 40, gated=True)],
          'stream': [Wanted('int4-g32', 3, 43, 672, norm=True), Wanted('int4-g32', 3, 42, 96, gated=True)],
-         'way': [Wanted('int4-g32', 10, 18, 416, norm=True), Wanted('f16', 9, 18, 200, norm=True, scale=1.5e4)],
          'tiles': [Wanted('f16', 34, 45, 136), Wanted('f16', 9, 44, 136, gated=True), Wanted('f16', 31, 44, 200)]}
 
 
@@ -360,12 +348,12 @@ def trouble(rung, change=None) -> str:
     "What the simulator, the compiler or the oracle says; empty if nothing."
     def text(whole):
         if not change or whole.count(change[0]) <= (change[2] if len(change) > 2 else 0): return whole
-        head = whole.index('multiply') if rung in ('stream', 'way', 'tiles') else 0
+        head = whole.index('multiply') if rung in ('stream', 'tiles') else 0
         return whole[:head] + replaced(whole[head:], *change)
 
     def kernel(kind, *variant):
         whole = real(kind, *variant)
-        if rung in ('stream', 'way', 'tiles') and whole.cuda: return played(kind, text(whole.cuda))
+        if rung in ('stream', 'tiles') and whole.cuda: return played(kind, text(whole.cuda))
         return Kernel(text(whole.metal)) if kind in ('lanes', 'tiles') else whole
     real = kernel_of
     with pytest.MonkeyPatch.context() as patch:
@@ -397,12 +385,12 @@ def test_lint(kind):
 
 # --- sizes, and CUDA as far as it goes without a card
 
-def variant(rung, name, T, N, K, gated=False, norm=0, bias=False, add=False, **sizes):
+def variant(rung, name, T, N, K, gated=False, norm=False, bias=False, add=False, **sizes):
     "Source for CUDA."
     bits, group, scales = FORMATS[name]
     _, threads, c = plan(rung, 'CUDA', T, N, gated, **sizes)
     kind = kind_of(packed(name, N, K, (Tensor.empty(1),)))
-    constants = dict(N=N, K=K, GATED=int(gated), EPS=1e-5, NORM=norm, GROUP=group or K, PAD=module.PAD,
+    constants = dict(N=N, K=K, GATED=int(gated), EPS=1e-5, NORM=int(norm), GROUP=group or K, PAD=module.PAD,
                      BOOST=256.0 if group else 1.0, T='half', T4='half4', NORM_T='float', NORM_T4='float4',
                      BIAS_T='float', BIAS_T4='float4') | c
     return kernel_of(rung, kind, norm, bias, add).source('CUDA', threads, constants)
@@ -419,13 +407,24 @@ def nvrtc():
 @pytest.mark.parametrize('name', FORMATS)
 def test_cuda_compiles(name):
     compiler = nvrtc()
-    ptx = compiler.compile(variant('lanes', name, 2, 96, 512, norm=1)).decode()
+    ptx = compiler.compile(variant('lanes', name, 2, 96, 512, norm=True)).decode()
     if name == 'f32': return
-    variants = (1, dict(norm=1)), (8, dict(gated=True)), (32, dict(norm=2, gated=True)), (64, dict(SPLIT=2, add=True))
+    variants = (1, dict(norm=True)), (8, dict(gated=True)), (8, dict(norm=True, gated=True)), (64, dict(add=True))
     for T, how in variants:
         ptx = compiler.compile(variant('stream', name, T, 2048, 2048, **how)).decode()
         assert 'mma.sync' in ptx and 'ld.global.L1::no_allocate.v4' in ptx
-        assert ('ld.shared::cluster' in ptx) == ('SPLIT' in how) and ('rsqrt' in ptx) == ('norm' in how)
+        assert ('rsqrt' in ptx) == ('norm' in how) and ptx.count('griddepcontrol.wait') == 1
+        assert ptx.index('ld.global.L1::no_allocate') < ptx.index('griddepcontrol.wait')
+
+
+@pytest.mark.parametrize('kind', [kind for kind in PARTS if kind != 'f32'])
+def test_only_weights_are_read_before_the_wait_for_other_kernels(kind):
+    others = re.compile(r'\b(x|norm|bias|add) ?[+\[]')
+    for norm in (False, True):
+        text = kernel_of('stream', kind, norm, True, True).cuda
+        early, late = text[text.index('linear_stream('):].split('follow();')
+        assert 'FETCH(d, d)' in early and not others.search(early)
+        assert others.search(late) and ('norm + k' in late) == norm
 
 
 @pytest.mark.parametrize('gated', [False, True])

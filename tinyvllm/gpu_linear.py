@@ -12,13 +12,12 @@ from .metal import Kernel
 
 # %% auto #0
 __all__ = ['PARTS', 'PIECES', 'AFFINE', 'NIBBLES', 'SCALES', 'ATTRIBUTES', 'METAL', 'MEET', 'NORMALISE', 'LANES', 'LANES_STORE',
-           'WORDS', 'RAWS', 'RAW_NIBBLES', 'RAW_SCALES', 'STREAM_BEGIN', 'STREAM_NORM', 'STREAM_WAY', 'STREAM_WEIGH',
-           'STREAM_ROOT', 'STREAM_LOOP', 'STREAM_STORE', 'SPLIT_SUM', 'SPLIT_END', 'TENSOR', 'ENTRY', 'CLUSTERS',
-           'ROW_SCALE', 'TILES_BEGIN', 'TILES_LOOP', 'ARRIVED', 'TILES_STORE', 'MATRIX_LOADS', 'MATRIX_STORE',
-           'RMS_NORM', 'ROWS', 'LANES_TOKENS', 'STREAM_TOKENS', 'NORM_ROOM', 'PAD', 'MATRIX_SIZES', 'TILE_SIZES',
-           'kind_of', 'names', 'reader', 'parameters', 'after', 'lanes_text', 'spaceless', 'stream_text', 'tiles_text',
-           'matrix_text', 'rows_text', 'kernel_of', 'lanes_sizes', 'stream_sizes', 'tile_sizes', 'rung_of', 'plan',
-           'rms_norm', 'gpu_embed', 'gpu_linear', 'gpu_swiglu']
+           'WORDS', 'RAWS', 'RAW_NIBBLES', 'RAW_SCALES', 'STREAM_BEGIN', 'STREAM_NORM', 'STREAM_LOOP', 'ENTRY',
+           'STREAM_STORE', 'TENSOR', 'ROW_SCALE', 'TILES_BEGIN', 'TILES_LOOP', 'ARRIVED', 'TILES_STORE', 'MATRIX_LOADS',
+           'MATRIX_STORE', 'RMS_NORM', 'ROWS', 'LANES_TOKENS', 'STREAM_TOKENS', 'NORM_ROOM', 'PAD', 'MATRIX_SIZES',
+           'TILE_SIZES', 'kind_of', 'names', 'reader', 'parameters', 'after', 'lanes_text', 'spaceless', 'stream_text',
+           'tiles_text', 'matrix_text', 'rows_text', 'kernel_of', 'lanes_sizes', 'stream_sizes', 'tile_sizes',
+           'rung_of', 'plan', 'rms_norm', 'gpu_embed', 'gpu_linear', 'gpu_swiglu']
 
 # %% ../nbs/07c_gpu_linear.ipynb #80cfcca7
 PARTS = {'f32': 'device const float* w', 'f16': 'device const half* w',
@@ -258,7 +257,7 @@ def lanes_text(
     return (METAL + reader(kind) + after(bias, add) + head
             + body.replace('WEIGHTS', names(PARTS[kind])) + LANES_STORE)
 
-# %% ../nbs/07c_gpu_linear.ipynb #ee5e290d
+# %% ../nbs/07c_gpu_linear.ipynb #13bb5229
 WORDS = r'''
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -289,7 +288,6 @@ inlined void load(float* x, const half* p) {                     // eight number
   x[4] = lower(h.z); x[5] = upper(h.z); x[6] = lower(h.w); x[7] = upper(h.w); }
 inlined void load(float* x, const float* p) {
   *(float4*)x = *(const float4*)p; *(float4*)(x + 4) = *(const float4*)(p + 4); }
-inlined int exponent(float x) { return (int)(__float_as_uint(x) >> 23) - 127; }
 inlined float root(float x) { return rsqrtf(x); }
 inlined float silu(float x) { return x / (1.0f + power(-1.44269504f * x)); }
 inlined void meet() { __syncthreads(); }
@@ -381,25 +379,23 @@ inlined void unpack(uint* h, const raw& r, int p) {
 }
 '''
 
-# %% ../nbs/07c_gpu_linear.ipynb #00ba503a
+# %% ../nbs/07c_gpu_linear.ipynb #9724899b
 STREAM_BEGIN = '''
 #define RESULTS (GATED ? 8 : 16)          /* outputs of a tile: 16 rows, or 8 gates and 8 ups */
 #define CHUNK (32 * PIECES)               /* columns of a warp's load: four lanes, side by side */
-#define PARTS (WARPS * SPLIT)             /* warps that share the columns of a row */
-#define STEPS ((K + PARTS * CHUNK - 1) / (PARTS * CHUNK))
+#define STEPS ((K + WARPS * CHUNK - 1) / (WARPS * CHUNK))        /* warps share the columns */
 #define EIGHTS ((TOKENS + 7) / 8)
 #define COLUMN 20                         /* of partial sums: 16, and 4 for the banks */
 #define SUMS (WARPS * EIGHTS * 8 * COLUMN * 4)
-#define SCALED (NORM == 1 ? TOKENS * (K + PAD) * 2 : 0)
-  const int g = lane / 4, j = lane % 4, rank = block % SPLIT;
-  const int first = block / SPLIT * RESULTS * TILES;
+#define SCALED (NORM ? TOKENS * (K + PAD) * 2 : 0)
+  const int g = lane / 4, j = lane % 4, first = block * RESULTS * TILES;
   __shared__ __align__(16) uchar pool[SUMS > SCALED ? SUMS : SCALED];
   float total[TILES][EIGHTS][4];
   raw raws[DEPTH][TILES][2];
   for (int m = 0; m < TILES; m++)
     for (int n = 0; n < EIGHTS; n++)
       for (int e = 0; e < 4; e++) total[m][n][e] = 0.0f;
-#define AT(step) ((((step) * SPLIT + rank) * WARPS + simd) * CHUNK + j * 8 * PIECES)
+#define AT(step) (((step) * WARPS + simd) * CHUNK + j * 8 * PIECES)
 #define ROW(m, r) ((long)min(first + (m) * RESULTS + g + (GATED ? 0 : (r) * 8), OUT - 1) \\
                    + (GATED ? (r) * OUT : 0))
 #define FETCH(d, step)                                                         \\
@@ -450,66 +446,7 @@ STREAM_NORM = '''
   meet();
 '''
 
-# %% ../nbs/07c_gpu_linear.ipynb #37c70cd8
-STREAM_WAY = '''
-  uint by[EIGHTS];                       // a power of two, in both halves
-  float square[EIGHTS], power_of[EIGHTS];
-  for (int n = 0; n < EIGHTS; n++) {
-    const half* row = x + (long)min(n * 8 + g, TOKENS - 1) * K;
-    __align__(16) float some[8], sum = 0.0f;
-    for (int i = 0; i < 4; i++) {        // 16 samples of 8 numbers, from all of the row
-      load(some, row + (i * 4 + j) * (K / 16) / 8 * 8);
-      for (int e = 0; e < 8; e++) sum += some[e] * some[e] / 128;
-    }
-    sum += across(sum, 1); sum += across(sum, 2);
-    const int up = max(-14, min(8, -exponent(sum) / 2));         // a sample may be all zeros
-    by[n] = (uint)(15 + up) << 10 | (uint)(15 + up) << 26;
-    power_of[n] = lower(by[n]);
-    square[n] = 0.0f;
-  }
-'''
-STREAM_WEIGH = '''
-        __align__(16) float by_column[8] = {0};
-        if (at < K) load(by_column, norm + at + p * 8);
-        for (int n = 0; n < EIGHTS; n++) {
-          uint v[4] = {b[n].x, b[n].y, b[n].z, b[n].w};
-          for (int i = 0; i < 4; i++) {
-            v[i] = times(v[i], by[n]);
-            square[n] += lower(v[i]) * lower(v[i]) + upper(v[i]) * upper(v[i]);
-            v[i] = times(v[i], pair(by_column[2 * i], by_column[2 * i + 1]));
-          }
-          b[n] = uint4{v[0], v[1], v[2], v[3]};
-        }
-'''
-
-# %% ../nbs/07c_gpu_linear.ipynb #af3e9f23
-STREAM_ROOT = '''
-  __shared__ float factor[EIGHTS * 8], power[EIGHTS * 8], sum_of[EIGHTS * 8];
-  float* squares = (float*)pool;         // [WARPS][EIGHTS * 8]
-  for (int n = 0; n < EIGHTS; n++) {
-    square[n] += across(square[n], 1); square[n] += across(square[n], 2);
-    if (j == 0) squares[simd * EIGHTS * 8 + n * 8 + g] = square[n];
-    if (me < 32 && j == 0) power[n * 8 + g] = power_of[n];
-  }
-  meet();
-  for (int t = me; t < EIGHTS * 8; t += 32 * WARPS) {
-    float sum = 0.0f;
-    for (int s = 0; s < WARPS; s++) sum += squares[s * EIGHTS * 8 + t];
-    sum_of[t] = sum;
-  }
-#if SPLIT > 1
-  meet_cluster();
-#endif
-  for (int t = me; t < EIGHTS * 8; t += 32 * WARPS) {
-    float sum = SPLIT > 1 ? 0.0f : sum_of[t];
-#if SPLIT > 1
-    for (int s = 0; s < SPLIT; s++) sum += remote(&sum_of[t], s);
-#endif
-    factor[t] = root(sum / K + EPS * power[t] * power[t]);       // of the scaled sum
-  }
-'''
-
-# %% ../nbs/07c_gpu_linear.ipynb #1012fae7
+# %% ../nbs/07c_gpu_linear.ipynb #900b62e1
 STREAM_LOOP = '''
 #define TOGETHER (EIGHTS >= 3 ? 1 : PIECES < 4 / EIGHTS ? PIECES : 4 / EIGHTS)   /* loads of x */
   for (int start = 0; start < STEPS; start += DEPTH)
@@ -526,8 +463,7 @@ STREAM_LOOP = '''
             ahead[i / EIGHTS][i % EIGHTS] = uint4{0, 0, 0, 0};
             if (t < TOKENS && at < K) ahead[i / EIGHTS][i % EIGHTS] = TAKE;
           }
-        uint4* b = ahead[p % TOGETHER];
-WEIGH
+        const uint4* b = ahead[p % TOGETHER];
         for (int m = 0; m < TILES; m++) {
           uint upper[4], lower[4];                               // rows g and g + 8
           unpack(upper, raws[d][m][0], p);
@@ -544,12 +480,14 @@ WEIGH
     }
 '''
 
-# %% ../nbs/07c_gpu_linear.ipynb #61dfc933
+# %% ../nbs/07c_gpu_linear.ipynb #b2adc965
+ENTRY = '''extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT)
+NAME(PARAMETERS) {
+  const int me = threadIdx.x, lane = me % 32, simd = me / 32;
+  const int block = blockIdx.x, turn = blockIdx.y;
+'''
 STREAM_STORE = '''
   float* sums = (float*)pool;                                    // [WARPS][EIGHTS * 8][COLUMN]
-#if SPLIT > 1
-  __shared__ float mine[2][RESULTS * EIGHTS * 8];
-#endif
   _Pragma("unroll")
   for (int m = 0; m < TILES; m++) {
     meet();
@@ -564,62 +502,20 @@ STREAM_STORE = '''
         v += sums[(s * EIGHTS * 8 + t) * COLUMN + r];
         if (GATED) up += sums[(s * EIGHTS * 8 + t) * COLUMN + r + 8];
       }
-SPLIT_SUM
       const int n = first + m * RESULTS + r;
-      if (t < TOKENS && n < OUT MINE) {
-        v *= SCALE(n) FACTOR;
-        if (GATED) up *= SCALE(n + OUT) FACTOR;
+      if (t < TOKENS && n < OUT) {
+        v *= SCALE(n);
+        if (GATED) up *= SCALE(n + OUT);
         y[(long)t * OUT + n] = rounded(AFTER(v, up, t, n));
       }
     }
-SPLIT_END
   }
 }'''
 
-# %% ../nbs/07c_gpu_linear.ipynb #ac01b642
-SPLIT_SUM = '''
-#if SPLIT > 1
-      mine[0][i] = v; mine[1][i] = up;
-    }
-    meet_cluster();
-    for (int i = me; i < RESULTS * EIGHTS * 8; i += 32 * WARPS) {
-      const int t = i / RESULTS, r = i % RESULTS;
-      float v = 0.0f, up = 0.0f;
-      for (int s = 0; s < SPLIT && i % SPLIT == rank; s++) {
-        v += remote(&mine[0][i], s);
-        if (GATED) up += remote(&mine[1][i], s);
-      }
-#define MINE && i % SPLIT == rank
-#else
-#define MINE
-#endif
-'''
-SPLIT_END = '''
-#if SPLIT > 1
-    meet_cluster();                                              // before it is written again
-#endif
-'''
-
-# %% ../nbs/07c_gpu_linear.ipynb #11ea890f
+# %% ../nbs/07c_gpu_linear.ipynb #35d6dbfa
 TENSOR = PTX + WORDS
-ENTRY = '''extern "C" __global__ void CLUSTER __launch_bounds__(32 * WARPS, RESIDENT)
-NAME(PARAMETERS) {
-  const int me = threadIdx.x, lane = me % 32, simd = me / 32;
-  const int block = blockIdx.x, turn = blockIdx.y;
-'''
-CLUSTERS = r'''
-#if SPLIT > 1
-#define CLUSTER __cluster_dims__(SPLIT, 1, 1)
-inlined void meet_cluster() {
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory"); }
-inlined float remote(const float* p, int rank) {                 // of another block's shared memory
-  float x; uint a = (uint)__cvta_generic_to_shared(p);
-  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(a) : "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(a) : "memory"); return x; }
-#else
-#define CLUSTER
-#endif
-'''
+ROW_SCALE = dict.fromkeys(PARTS, '(1.0f / BOOST)') | dict(
+    f16='1.0f', int8='(GROUP < K ? 1.0f / BOOST : value(scales[n]))')
 
 def spaceless(
     text: str, # Metal's words in it
@@ -627,28 +523,20 @@ def spaceless(
     "CUDA's pointers do not say which memory they point to."
     return re.sub(r'\bdevice (?=\w)', '', text)
 
-# %% ../nbs/07c_gpu_linear.ipynb #95d0a69d
-ROW_SCALE = dict.fromkeys(PARTS, '(1.0f / BOOST)') | dict(
-    f16='1.0f', int8='(GROUP < K ? 1.0f / BOOST : value(scales[n]))')
-
 def stream_text(
     kind: str, # of `PARTS`
-    norm: int, # RMSNorm before: 1 before the loop, 2 on the way
+    norm: bool, # RMSNorm before
     bias: bool, # after
     add: bool, # the residual, after
 ) -> str: # CUDA
     "Sixteen rows to a warp, its columns shared with the other warps; tokens are the eight columns."
-    take = '*(const uint4*)&scaled[t * (K + PAD) + k]' if norm == 1 else 'load(x + (long)t * K + k)'
-    begin = STREAM_BEGIN + ('', STREAM_NORM, STREAM_WAY)[norm]
-    loop = STREAM_LOOP.replace('TAKE', take).replace('WEIGH', STREAM_WEIGH * (norm == 2))
-    store = STREAM_STORE.replace('SPLIT_SUM', SPLIT_SUM).replace('SPLIT_END', SPLIT_END)
-    store = STREAM_ROOT * (norm == 2) + store.replace('FACTOR', '* factor[t]' * (norm == 2))
-    head = RAWS[kind].replace('WEIGHTS', PARTS[kind]) + after(bias, add)
-    entry = ENTRY.replace('PARAMETERS', parameters(kind, norm > 0, bias, add))
+    take = '*(const uint4*)&scaled[t * (K + PAD) + k]' if norm else 'load(x + (long)t * K + k)'
+    body = STREAM_BEGIN + STREAM_NORM * norm + STREAM_LOOP.replace('TAKE', take) + STREAM_STORE
+    head = f'#define SCALE(n) {ROW_SCALE[kind]}\n' + RAWS[kind].replace('WEIGHTS', PARTS[kind])
+    entry = ENTRY.replace('PARAMETERS', parameters(kind, norm, bias, add))
     entry = entry.replace('NAME', 'linear_stream')
-    scale = f'#define SCALE(n) {ROW_SCALE[kind]}\n'
-    body = (begin + loop + store).replace('WEIGHTS', names(PARTS[kind]))
-    return TENSOR + CLUSTERS + scale + spaceless(head + entry + body)
+    body = body.replace('WEIGHTS', names(PARTS[kind]))
+    return TENSOR + spaceless(head + after(bias, add) + entry + body)
 
 # %% ../nbs/07c_gpu_linear.ipynb #d7aad67d
 TILES_BEGIN = r'''
@@ -714,7 +602,7 @@ TILES_LOOP = '''
   }
 '''
 
-# %% ../nbs/07c_gpu_linear.ipynb #1923ee62
+# %% ../nbs/07c_gpu_linear.ipynb #8093402f
 ARRIVED = r'''
 inlined void arrived() {                                  // all but the last STAGES - 2
   asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory"); __syncthreads(); }
@@ -744,7 +632,7 @@ def tiles_text(
 ) -> str: # CUDA
     "A tile of tokens by rows to a block; both come through shared memory, several steps ahead."
     entry = ENTRY.replace('PARAMETERS', parameters('f16', False, bias, add))
-    entry = spaceless(entry.replace('CLUSTER', '').replace('NAME', 'linear_tiles'))
+    entry = spaceless(entry.replace('NAME', 'linear_tiles'))
     return TENSOR + ARRIVED + after(bias, add) + entry + TILES_BEGIN + TILES_LOOP + TILES_STORE
 
 # %% ../nbs/07c_gpu_linear.ipynb #1003b06d
@@ -868,22 +756,22 @@ def rows_text(
     uint i_ [[thread_position_in_grid]]) {{
   const long i = i_;''' + body
 
-# %% ../nbs/07c_gpu_linear.ipynb #e5e63434
+# %% ../nbs/07c_gpu_linear.ipynb #ea3fa28b
 @cache
 def kernel_of(
     rung: str, # 'lanes', 'stream', 'tiles', 'embed_rows' or 'all_rows'
     kind: str, # of `PARTS`
-    norm: int = 0, # RMSNorm before; 2: on the way, for a stream
+    norm: bool = False, # RMSNorm before
     bias: bool = False, # after
     add: bool = False, # the residual, after
 ) -> Kernel:
     "A member of the family; what it does not need is not in its text."
     if rung.endswith('rows'): return Kernel(rows_text(kind, rung))
-    if rung == 'lanes': return Kernel(lanes_text(kind, norm > 0, bias, add))
+    if rung == 'lanes': return Kernel(lanes_text(kind, norm, bias, add))
     if rung == 'tiles':
         cuda = tiles_text(bias, add) if kind == 'f16' else ''
         return Kernel(matrix_text(kind, bias, add), cuda=cuda)
-    takes = parameters(kind, norm > 0, bias, add)
+    takes = parameters(kind, norm, bias, add)
     return Kernel(f'kernel void linear_stream({takes}) {{\n#error "it is written for CUDA"\n}}',
                   cuda=stream_text(kind, norm, bias, add))
 
@@ -897,7 +785,7 @@ TILE_SIZES = (dict(BM=128, BN=128, BK=32, STAGES=3, WM=2, WN=2, RESIDENT=2),
               dict(BM=64, BN=128, BK=32, STAGES=3, WM=1, WN=4, RESIDENT=3),
               dict(BM=64, BN=64, BK=64, STAGES=3, WM=2, WN=2, RESIDENT=3))
 
-# %% ../nbs/07c_gpu_linear.ipynb #86c163cd
+# %% ../nbs/07c_gpu_linear.ipynb #baea07f6
 def lanes_sizes(
     device: str, # METAL or CUDA
     T: int, # tokens
@@ -912,7 +800,7 @@ def stream_sizes(
     bits: int = 16, # of a weight
 ) -> dict[str, int]: # constants of the kernel
     "Tiles of 16 rows to a block, warps that share their columns, loads in flight; for an H100."
-    def sizes(*row): return dict(zip(('TILES', 'WARPS', 'DEPTH', 'RESIDENT'), row)) | dict(SPLIT=1)
+    def sizes(*row): return dict(zip(('TILES', 'WARPS', 'DEPTH', 'RESIDENT'), row))
     if T == 1 and rows >= 4096: return sizes(1, *(16, 2, 3) if bits == 16 else (4, 4, 6))
     if rows <= 16 * 132:    # a block for each processor, or fewer
         if T <= 8: return sizes(1, 24 if bits < 8 else 32, 2 if bits == 8 or T > 1 else 4, 1)
@@ -923,6 +811,7 @@ def stream_sizes(
     if bits < 8: return sizes(2, 8, 2, 2)
     return sizes(1, 8, 2, 3) if rows < 16384 else sizes(2, 4, 2, 4)
 
+# %% ../nbs/07c_gpu_linear.ipynb #0f825b8c
 def tile_sizes(
     device: str, # METAL or CUDA
     T: int, # tokens
@@ -933,7 +822,6 @@ def tile_sizes(
     def tiles(c): return -(-T // c['BM']) * -(-rows // c['BN'])
     return next((c for c in TILE_SIZES if tiles(c) >= 120), TILE_SIZES[-1])
 
-# %% ../nbs/07c_gpu_linear.ipynb #c92cf6cd
 def rung_of(
     device: str, # METAL or CUDA
     kind: str, # of the matrix
@@ -953,7 +841,7 @@ def rung_of(
     if kind == 'f16' and rows >= 4096: few = min(few, 32)
     return rung if x.shape[0] <= few else 'tiles'
 
-# %% ../nbs/07c_gpu_linear.ipynb #4c061cde
+# %% ../nbs/07c_gpu_linear.ipynb #29c49212
 def plan(
     rung: str, # 'lanes', 'stream' or 'tiles'
     device: str, # METAL or CUDA
@@ -971,7 +859,7 @@ def plan(
         return (groups(c['SIMDS'] * c['ROWS']), -(-T // c['TOKENS'])), 32 * c['SIMDS'], c
     if rung == 'stream':
         c = stream_sizes(T, rows, bits) | dict(TOKENS=T) | sizes
-        return (groups(16 * c['TILES']) * c['SPLIT'],), 32 * c['WARPS'], c
+        return (groups(16 * c['TILES']),), 32 * c['WARPS'], c
     c = tile_sizes(device, T, rows) | dict(TOKENS=T) | sizes
     c['WARPS'] = c['WM'] * c['WN']
     return (-(-T // c['BM']), groups(c['BN'])), 32 * c['WARPS'], c
@@ -1004,9 +892,9 @@ def _rows(
         nbytes=y.nbytes() + sum(p.nbytes() for p in w.parts) * count // N, T=T, T4=f'{T}4',
         N=N, K=K, TOKENS=count, GROUP=w.format.group or K)
 
-# %% ../nbs/07c_gpu_linear.ipynb #1e9fecf5
-def _place(norm, x, rung, c) -> int:
-    "Where the norm is: 0 in a launch of its own or nowhere, 1 before the loop, 2 on the way."
+# %% ../nbs/07c_gpu_linear.ipynb #ccfa978c
+def _inside(norm, x, rung, c) -> int:
+    "1 where the norm is in the launch of the product."
     if norm is None or rung == 'tiles': return 0
     fits = c['TOKENS'] * (x.shape[1] + PAD) * x.dtype.itemsize <= NORM_ROOM[rung]
     return int(fits and c['TOKENS'] <= 8)
@@ -1014,18 +902,19 @@ def _place(norm, x, rung, c) -> int:
 def _launch(x, w, norm, eps, bias, add, gated, rung=None, **sizes) -> Tensor:
     "What `gpu_linear` and `gpu_swiglu` share."
     device, kind, (T, K), N = x.device.split(':')[0], kind_of(w), x.shape, w.shape[0]
-    rung, parts, group = rung or rung_of(device, kind, N, x, norm, bias), w.parts, w.format.group or K
+    rung, parts = rung or rung_of(device, kind, N, x, norm, bias), w.parts
+    group = w.format.group or K
     if rung == 'tiles' and device == 'CUDA' and kind != 'f16':
         kind, parts = 'f16', (_rows('all_rows', w, dtypes.half),)
     grid, threads, c = plan(rung, device, T, N, gated, w.format.bits, **sizes)
-    c = dict(NORM=_place(norm, x, rung, c)) | c
+    c = dict(NORM=_inside(norm, x, rung, c)) | c
     if norm is not None and not c['NORM']: x, norm = rms_norm(x, norm, eps), None
     extra = dict(NORM_T=norm, BIAS_T=bias, T=add)
     inputs = (*parts, x, *(t for t in extra.values() if t is not None))
     types = {name: (x if t is None else t).dtype.name for name, t in extra.items()}
     types |= {f'{name}4': f'{t}4' for name, t in types.items()}
     y = Tensor.empty(T, N // 2 if gated else N, dtype=x.dtype, device=x.device)
-    return kernel_of(rung, kind, c['NORM'], bias is not None, add is not None)(
+    return kernel_of(rung, kind, bool(c['NORM']), bias is not None, add is not None)(
         y, *inputs, grid=grid, threads=(threads,), ops=2 * T * N * K,
         nbytes=y.nbytes() + sum(t.nbytes() for t in inputs), N=N, K=K, GROUP=group,
         GATED=int(gated), EPS=eps, PAD=PAD, BOOST=256.0 if group < K else 1.0, **types, **c)

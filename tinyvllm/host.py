@@ -15,28 +15,34 @@ from .sampler import wishes
 from .scheduler import Batch
 
 # %% auto #0
-__all__ = ['PREPARE_BODY', 'PREPARE_HEAD', 'PREPARE', 'DESKS', 'host_visible', 'page_shapes', 'laid_out', 'piece', 'chances',
-           'Page', 'Inputs']
+__all__ = ['PREPARE_BODY', 'PREPARE_HEAD', 'THREADS', 'PREPARE', 'DESKS', 'mapped', 'host_visible', 'page_shapes', 'laid_out',
+           'piece', 'known_tokens', 'Tables', 'chances', 'Wishes', 'Page', 'constants', 'Inputs']
 
-# %% ../nbs/08a_host.ipynb #e4e5052d
+# %% ../nbs/08a_host.ipynb #0180ae58
+def mapped(
+    n: int, # of int32
+    device: str, # tinygrad's name of a CUDA card
+) -> tuple[Tensor, np.ndarray]: # the same memory, for kernels and for Python
+    "Memory of the host that a CUDA card reads and writes in place."
+    from tinygrad.runtime.autogen import cuda
+    from tinygrad.runtime.ops_cuda import check
+    Device[device].allocator    # opens the device
+    check(cuda.cuMemHostAlloc(ctypes.byref(pointer := ctypes.c_void_p()), 4 * n, 1))
+    host = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int32)), (n,))
+    host[:] = 0
+    return Tensor.from_blob(pointer.value, (n,), dtype=dtypes.int32, device=device), host
+
 def host_visible(
     n: int, # of int32
     device: str, # tinygrad's name
 ) -> tuple[Tensor, np.ndarray]: # the same memory, for kernels and for Python
     "Memory that both sides see: what one writes, the other reads without a copy."
-    if device.startswith('CUDA'):
-        from tinygrad.runtime.autogen import cuda
-        from tinygrad.runtime.ops_cuda import check
-        Device[device].allocator    # opens the device
-        check(cuda.cuMemHostAlloc(ctypes.byref(pointer := ctypes.c_void_p()), 4 * n, 1))
-        host = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int32)), (n,))
-        host[:] = 0
-        return Tensor.from_blob(pointer.value, (n,), dtype=dtypes.int32, device=device), host
+    if device.startswith('CUDA'): return mapped(n, device)
     both = Tensor.zeros(n, dtype=dtypes.int32, device=device).contiguous().realize()
     view = both.uop.base.buffer.as_memoryview(force_zero_copy=True)
     return both, np.frombuffer(view, np.int32)
 
-# %% ../nbs/08a_host.ipynb #dd12c198
+# %% ../nbs/08a_host.ipynb #8981c026
 def page_shapes(
     tokens: int, # of a step, with padding
     rows: int, # sequences, with padding
@@ -49,6 +55,7 @@ def page_shapes(
                   tables=(rows, width), wishes=(rows, 8), chances=(rows, steps))
     return shapes | (dict(seen=(seen,), counts=(seen,), begins=(rows + 1,)) if seen else {})
 
+# %% ../nbs/08a_host.ipynb #52ebc4c1
 def laid_out(
     shapes: dict[str, tuple[int, ...]], # of the parts
 ) -> tuple[dict[str, int], int]: # where each begins, and the end
@@ -67,17 +74,108 @@ def piece(
     view = whole.uop.base.buffer.view(int(np.prod(shape)), dtype, 4 * begin)
     return Tensor(UOp.from_buffer(view)).reshape(shape)
 
-# %% ../nbs/08a_host.ipynb #872b9626
+# %% ../nbs/08a_host.ipynb #8c9f6530
+def known_tokens(
+    batch: Batch, # the scheduler's decision
+    places: dict, # id of a sequence -> the row in which it spoke last
+) -> tuple[list[int], list[int]]: # tokens of all sequences in a row; for each sequence a source
+    "What the host knows of the tokens. A source is the row of `last` with the missing one, or -1."
+    given, source = [], []
+    for seq, n in zip(batch.seqs, batch.num_new):
+        known = seq.token_ids[seq.num_computed:seq.num_computed + n]
+        missing = n - len(known)
+        source.append(places[seq.id] if missing else -1)
+        given += known + [0] * missing
+    return given, source
+
+# %% ../nbs/08a_host.ipynb #f4a03e19
+class Tables:
+    "The block tables of a page, written only where they have changed."
+    def __init__(self,
+        memory: np.ndarray, # (rows, width) int32, of the page
+    ):
+        self.memory, self.written = memory, [None] * len(memory)
+
+    def fill(self, tables: list[list[int]]) -> None:
+        "Only what is new: a table grows at its end, and a copied block was its last."
+        for row, table in enumerate(tables):
+            old, n, tail = self.written[row] or (None, 0, 0)
+            if old is not table or len(table) < n or table[n - 1] != tail: n = 0
+            if len(table) == n: continue
+            self.memory[row, n:len(table)] = table[n:]
+            self.written[row] = table, len(table), table[-1]
+
+# %% ../nbs/08a_host.ipynb #d0691ac6
+@lru_cache(8192)
+def chances(
+    seed: int, # 64 bits, of the request
+    sixty_four: int, # which 64 places of its answer
+) -> np.ndarray: # (64,) float32 in [0, 1)
+    "The random numbers of `sampling.uniform`, many at once; none rounds to 1."
+    words = Philox(key=seed % 2**64, counter=64 * sixty_four).random_raw(256)[::4]
+    return np.minimum((words >> np.uint64(11)) * 2.0**-53, 1 - 2**-24).astype(np.float32)
+
+# %% ../nbs/08a_host.ipynb #390fe11e
+class Wishes:
+    "How the sequences of a page sample, and their random numbers."
+    def __init__(self,
+        memory: np.ndarray, # (rows, 8) float32, of the page
+        chances: np.ndarray, # (rows, steps) float32, of the page
+    ):
+        self.memory, self.chances, self.written = memory, chances, [None] * len(memory)
+
+    def fill(self, batch: Batch) -> None:
+        "Params where a row has new ones, chances for the next places of each answer."
+        n = len(batch.seqs)
+        for row, seq in enumerate(batch.seqs):
+            if self.written[row] is not seq.params:
+                self.memory[row], self.written[row] = wishes(seq.params), seq.params
+            if seq.params.greedy: continue
+            place = len(seq.sampled) + seq.in_flight
+            for later in range(batch.steps):
+                line, at = divmod(place + later, 64)
+                self.chances[row, later] = chances(seq.sample.seed, line)[at]
+        self.memory[n:], self.written[n:] = 0, [None] * (len(self.written) - n)
+
+# %% ../nbs/08a_host.ipynb #db29ce16
+class Page:
+    "One page of a graph's inputs, and what it still holds of earlier decisions."
+    def __init__(self, memory: np.ndarray, begins: dict[str, int], shapes: dict):
+        self.parts = {name: memory[begin:begin + int(np.prod(shapes[name]))].reshape(shapes[name])
+                      for name, begin in begins.items()}
+        for name in ('wishes', 'chances'): self.parts[name] = self.parts[name].view(np.float32)
+        self.tables = Tables(self.parts['tables'])
+        self.wishes = Wishes(self.parts['wishes'], self.parts['chances'])
+
+    def fill(self, batch: Batch, places: dict) -> None:
+        "Write a decision. `places`: id of a sequence -> the row in which it spoke last."
+        x, n, (given, source) = self.parts, len(batch.seqs), known_tokens(batch, places)
+        starts = [0, *accumulate(batch.num_new)]
+        x['starts'][:n + 1], x['starts'][n + 1:] = starts, starts[-1]
+        x['first'][:n] = [seq.num_computed for seq in batch.seqs]
+        x['given'][:len(given)], x['source'][:n] = given, source
+        self.tables.fill(batch.tables)
+        self.wishes.fill(batch)
+
+    def fill_seen(self, lists: list[list[tuple[int, int]]]) -> None:
+        "The tokens that penalised sequences have seen, with their counts."
+        x = self.parts
+        pairs = np.array([pair for seen in lists for pair in seen], np.int32).reshape(-1, 2)
+        x['seen'][:len(pairs)], x['counts'][:len(pairs)] = pairs.T
+        x['begins'][:] = len(pairs)
+        x['begins'][:len(lists) + 1] = [0, *accumulate(map(len, lists))]
+
+# %% ../nbs/08a_host.ipynb #cc93c0c5
 PREPARE_BODY = '''
   const int code = route[clock[0] % ROUTES], later = code % STEPS;
   device const int* page = inputs;
-  if (!later) {
+  if (!later) {    // a new page
     device const int4* from = (device const int4*)(pages + code / STEPS * SIZE);
     for (int i = me; i < SIZE / 4; i += all) ((device int4*)inputs)[i] = from[i];
     MEET
   }
   for (int i = me; i < TOKENS; i += all) {
-    int row = 0;
+    int row = 0;    // whose token is it?
     if (i < ROWS && page[STARTS + i] == i && page[STARTS + i + 1] == i + 1) row = i;
     else for (int jump = 1 << 12; jump; jump /= 2)
       if (row + jump < ROWS && page[STARTS + row + jump] <= i) row += jump;
@@ -96,110 +194,47 @@ PREPARE_BODY = '''
   for (int i = me; i < 8 * ROWS; i += all)
     ((device int*)wishes)[i] = page[i % 8 == 4 ? CHANCES + i / 8 * STEPS + later : WISHES + i];
 }'''
+
+# %% ../nbs/08a_host.ipynb #e883c55f
 PREPARE_HEAD = '''
 kernel void prepare(device int* inputs, device int* tokens, device int* positions,
     device int* slots, device int* owners, device int* rows, device float* wishes,
     device const int* pages, device const int* route, device const int* clock,
     device const int* last'''
+THREADS = 512
 PREPARE = Kernel(PREPARE_HEAD + ''', uint me_ [[thread_index_in_threadgroup]]) {
   const int me = me_, all = THREADS;
 #define MEET threadgroup_barrier(mem_flags::mem_device);''' + PREPARE_BODY,
-                 c=PREPARE_HEAD + ') {\n  const int me = 0, all = 1;\n#define MEET' + PREPARE_BODY)
+                 c=PREPARE_HEAD + ") {\n  const int me = 0, all = 1;\n#define MEET" + PREPARE_BODY)
 
-# %% ../nbs/08a_host.ipynb #d0691ac6
-@lru_cache(8192)
-def chances(
-    seed: int, # 64 bits, of the request
-    sixty_four: int, # which 64 places of its answer
-) -> np.ndarray: # (64,) float32 in [0, 1)
-    "The random numbers of `sampling.uniform`, many at once; none rounds to 1."
-    words = Philox(key=seed % 2**64, counter=64 * sixty_four).random_raw(256)[::4]
-    return np.minimum((words >> np.uint64(11)) * 2.0**-53, 1 - 2**-24).astype(np.float32)
+# %% ../nbs/08a_host.ipynb #7cc849d5
+def constants(
+    shapes: dict[str, tuple[int, ...]], # of a page
+) -> dict[str, int]: # what `prepare` is compiled with
+    "Sizes of a step, and where the parts of a page begin."
+    begins, size = laid_out(shapes)
+    (rows, width), (_, steps) = shapes['tables'], shapes['chances']
+    places = {name.upper(): begins[name] for name in
+              ('first', 'starts', 'source', 'given', 'tables', 'wishes', 'chances')}
+    return places | dict(TOKENS=shapes['given'][0], ROWS=rows, WIDTH=width, STEPS=steps, SIZE=size)
 
-# %% ../nbs/08a_host.ipynb #1e92a937
-class Page:
-    "One page of a graph's inputs, and what it still holds of earlier decisions."
-    def __init__(self, memory: np.ndarray, begins: dict[str, int], shapes: dict):
-        self.parts = {name: memory[begin:begin + int(np.prod(shapes[name]))].reshape(shapes[name])
-                      for name, begin in begins.items()}
-        for name in ('wishes', 'chances'): self.parts[name] = self.parts[name].view(np.float32)
-        self.tables, self.params = ([None] * shapes['first'][0] for _ in range(2))
-
-    def fill(self, batch: Batch, places: dict) -> None:
-        "Write a decision. `places`: id of a sequence -> the row in which it spoke last."
-        x, n = self.parts, len(batch.seqs)
-        starts = [0, *accumulate(batch.num_new)]
-        x['starts'][:n + 1], x['starts'][n + 1:] = starts, starts[-1]
-        x['first'][:n] = [seq.num_computed for seq in batch.seqs]
-        self.fill_tokens(batch, places)
-        self.fill_tables(batch.tables)
-        self.fill_wishes(batch)
-
-    def fill_tokens(self, batch: Batch, places: dict) -> None:
-        "The tokens that are known, and where the device finds those that are not."
-        given, source = [], []
-        for seq, n in zip(batch.seqs, batch.num_new):
-            known = seq.token_ids[seq.num_computed:seq.num_computed + n]
-            missing = n - len(known)
-            source.append(places[seq.id] if missing else -1)
-            given += known + [0] * missing
-        self.parts['given'][:len(given)] = given
-        self.parts['source'][:len(source)] = source
-
-    def fill_tables(self, tables: list[list[int]]) -> None:
-        "Only what is new: a table grows at its end, and a copied block was its last."
-        for row, table in enumerate(tables):
-            old, n, tail = self.tables[row] or (None, 0, 0)
-            if old is not table or len(table) < n or table[n - 1] != tail: n = 0
-            if len(table) == n: continue
-            self.parts['tables'][row, n:len(table)] = table[n:]
-            self.tables[row] = table, len(table), table[-1]
-
-    def fill_wishes(self, batch: Batch) -> None:
-        "How each sequence samples, and its random numbers for the next places of its answer."
-        x, n = self.parts, len(batch.seqs)
-        for row, seq in enumerate(batch.seqs):
-            if self.params[row] is not seq.params:
-                x['wishes'][row], self.params[row] = wishes(seq.params), seq.params
-            if seq.params.greedy: continue
-            place = len(seq.sampled) + seq.in_flight
-            for later in range(batch.steps):
-                line, at = divmod(place + later, 64)
-                x['chances'][row, later] = chances(seq.sample.seed, line)[at]
-        x['wishes'][n:], self.params[n:] = 0, [None] * (len(self.params) - n)
-
-    def fill_seen(self, lists: list[list[tuple[int, int]]]) -> None:
-        "The tokens that penalised sequences have seen, with their counts."
-        x, pairs = self.parts, np.array([p for seen in lists for p in seen], np.int32).reshape(-1, 2)
-        x['seen'][:len(pairs)], x['counts'][:len(pairs)] = pairs.T
-        x['begins'][:] = len(pairs)
-        x['begins'][:len(lists) + 1] = [0, *accumulate(map(len, lists))]
-
-# %% ../nbs/08a_host.ipynb #4b004596
+# %% ../nbs/08a_host.ipynb #d5ea882a
 DESKS = 4   # pages of a graph: one is filled while the device reads another
 
 class Inputs:
     "All that a graph reads and that changes: pages for the host to fill, buffers that stay."
-    def __init__(self,
-        device: str, # tinygrad's name
-        tokens: int, # of a step, with padding
-        rows: int, # sequences, with padding
-        width: int, # blocks of a table, with padding
-        seen: int, # tokens that penalties look at, with padding; 0: no penalties
-        steps: int, # replays of a page, at most
-    ):
-        shapes = page_shapes(tokens, rows, width, seen, steps)
-        self.begins, self.size = laid_out(shapes)
-        self.memory, host = host_visible(DESKS * self.size, device)
-        self.pages = [Page(part, self.begins, shapes) for part in host.reshape(DESKS, -1)]
+    def __init__(self, device: str, *sizes: int): # of a page, as for `page_shapes`
+        shapes = page_shapes(*sizes)
+        begins, size = laid_out(shapes)
+        self.memory, host = host_visible(DESKS * size, device)
+        self.pages = [Page(part, begins, shapes) for part in host.reshape(DESKS, -1)]
+        self.constants, self.used, (tokens, rows, *_) = constants(shapes), 0, sizes
         def buffer(n, dtype=dtypes.int32):
             return Tensor.zeros(n, dtype=dtype, device=device).contiguous().realize()
-        self.copy = buffer(self.size)
-        self.tensors = {name: piece(self.copy, self.begins[name], shape)
-                        for name, shape in shapes.items()}
+        self.copy = buffer(size)
+        self.tensors = {name: piece(self.copy, begins[name], shapes[name]) for name in shapes}
         self.made = {name: buffer(tokens) for name in ('tokens', 'positions', 'slots', 'owners')}
         self.made |= dict(rows=buffer(rows), wishes=buffer(8 * rows, dtypes.float))
-        self.sizes, self.used = dict(TOKENS=tokens, ROWS=rows, WIDTH=width, STEPS=steps), 0
 
     def next_page(self) -> Page:
         "The page whose turn it is."
@@ -208,11 +243,8 @@ class Inputs:
 
     def prepare(self, mail, block_size: int) -> dict[str, Tensor]:
         "The first kernel of a step: from the page of its ticket all that the others read."
-        places = {name.upper(): self.begins[name] for name in
-                  ('first', 'starts', 'source', 'given', 'tables', 'wishes', 'chances')}
         Tensor.realize(*PREPARE(
             self.copy, *self.made.values(), self.memory, mail.route, mail.clock, mail.last,
-            threads=(512,), THREADS=512, SIZE=self.size, ROUTES=mail.route.shape[0],
-            BLOCK=block_size, **places, **self.sizes))
-        wish = self.made['wishes'].reshape(-1, 8)
-        return self.tensors | self.made | dict(wishes=wish)
+            threads=(THREADS,), THREADS=THREADS, ROUTES=mail.route.shape[0], BLOCK=block_size,
+            **self.constants))
+        return self.tensors | self.made | dict(wishes=self.made['wishes'].reshape(-1, 8))
