@@ -138,7 +138,8 @@ def one_round(sizes) -> list[dict]:
 def in_a_process(folder: Path, args) -> list[dict]:
     "A round of the package in a folder."
     command = [sys.executable, __file__, '--round', '--seqs', *map(str, args.seqs), '--steps', *map(str, args.steps)]
-    run = subprocess.run(command, env=os.environ | {'PYTHONPATH': str(folder)}, capture_output=True, text=True, check=True)
+    env = os.environ | {'PYTHONPATH': str(folder)}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 

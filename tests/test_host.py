@@ -4,8 +4,6 @@
 that speak, tokens in flight, padding, and several replays of a page. The C text runs all of them, the Metal
 text some in the simulator (or on a Mac).
 """
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -319,7 +317,6 @@ def test_a_piece_is_the_same_memory():
     assert odds.tolist() == [0.25]
 
 
-@pytest.mark.skipif(sys.platform == 'darwin', reason='CPU')
 def test_both_sides_see_what_the_other_writes():
     both, host = host_visible(4, 'CPU')
     host[:] = [1, 2, 3, 4]

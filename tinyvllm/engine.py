@@ -65,7 +65,7 @@ class RequestOutput:
     error: Exception | None = None      # why the request failed
     metrics: Stopwatch = field(default_factory=Stopwatch)   # a lap per token of the first answer
 
-# %% ../nbs/04a_engine.ipynb #0e94f6a8
+# %% ../nbs/04a_engine.ipynb #6cd41fa4
 class Answer:
     "Follows one sequence and writes down what it says."
     def __init__(self, seq: Sequence, tokenizer: Tokenizer | None):
@@ -91,8 +91,9 @@ class Answer:
         return stopped
 
     def _add(self, tokens: list[Sampled]) -> None:
-        self.output.token_ids += [token.token_id for token in tokens]
-        self.output.cumulative_logprob += sum(token.logprob for token in tokens)
+        for token in tokens:
+            self.output.token_ids.append(token.token_id)
+            self.output.cumulative_logprob += token.logprob
         if self.output.logprobs is None: return
         self.output.logprobs += [
             {i: Logprob(p, self.tokenizer.decode([i]) if self.tokenizer else '')

@@ -571,9 +571,8 @@ TILES_BEGIN = r'''
   COPY(ws[to], BN, GATED ? STRIDE / 2 : STRIDE, from_w, w, OUT, n0 + SOURCE(r0), step)
 '''
 
-# %% ../nbs/07c_gpu_linear.ipynb #4cd75417
+# %% ../nbs/07c_gpu_linear.ipynb #030d8db2
 TILES_LOOP = '''
-  follow();
   for (int s = 0; s < STAGES - 1; s++) {
     if (s < STEPS) { FETCH(s, s) }
     commit();
@@ -785,7 +784,7 @@ TILE_SIZES = (dict(BM=128, BN=128, BK=32, STAGES=3, WM=2, WN=2, RESIDENT=2),
               dict(BM=64, BN=128, BK=32, STAGES=3, WM=1, WN=4, RESIDENT=3),
               dict(BM=64, BN=64, BK=64, STAGES=3, WM=2, WN=2, RESIDENT=3))
 
-# %% ../nbs/07c_gpu_linear.ipynb #baea07f6
+# %% ../nbs/07c_gpu_linear.ipynb #c958231d
 def lanes_sizes(
     device: str, # METAL or CUDA
     T: int, # tokens
@@ -806,7 +805,7 @@ def stream_sizes(
         if T <= 8: return sizes(1, 24 if bits < 8 else 32, 2 if bits == 8 or T > 1 else 4, 1)
         return sizes(1, 16, 3 if T <= 16 else 2, 1) if T <= 32 else sizes(1, 8, 2, 2)
     if T <= 8: return sizes(2, 8, 2, 3) if rows >= 4096 else sizes(1, 16, 4, 2)
-    if T <= 16: return sizes(2, 8, 2, 2)
+    if T <= 16: return sizes(2, 8, 2, 2) if rows >= 4096 else sizes(1, 8, 3, 3)
     if T > 32 or bits == 8: return sizes(2, 8, 1, 1 if T > 32 else 2)
     if bits < 8: return sizes(2, 8, 2, 2)
     return sizes(1, 8, 2, 3) if rows < 16384 else sizes(2, 4, 2, 4)

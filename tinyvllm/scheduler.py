@@ -39,7 +39,7 @@ class Progress:
         last = self.in_flight and len(self.sampled) + self.in_flight >= self.max_tokens
         return self.num_tokens - self.num_computed - bool(last)
 
-# %% ../nbs/03_batching.ipynb #092b14cd
+# %% ../nbs/03_batching.ipynb #10dce29d
 class Sequence(Progress):
     "One answer in the making."
     def __init__(self,
@@ -61,7 +61,7 @@ class Sequence(Progress):
     def extend(self, tokens: list[Sampled]) -> None:
         "Take new tokens, up to one that ends the answer. All but the last are computed."
         self.in_flight = max(0, self.in_flight - len(tokens))
-        ids = list(map(int, tokens))[:self.params.max_tokens - len(self.sampled)]
+        ids = [t.token_id for t in tokens][:self.params.max_tokens - len(self.sampled)]
         if not self.ends.isdisjoint(ids):
             end = next(i for i, token in enumerate(ids) if token in self.ends)
             ids, self.finish_reason = ids[:end + 1], 'stop'
@@ -72,7 +72,7 @@ class Sequence(Progress):
         if self.num_computed and not self.in_flight:    # else preempted, or not all is here
             self.num_computed = self.num_tokens - 1
 
-# %% ../nbs/03_batching.ipynb #58468138
+# %% ../nbs/03_batching.ipynb #f2f9c056
 @dataclass
 class Batch:
     "One step: which sequences compute how many tokens, and into which blocks."
