@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tinyvllm.blocks import BlockManager
-from tinyvllm.engine import LLM, AsyncEngine, make_engine
+from tinyvllm.engine import LLM, AsyncEngine, make_engine, warm_up
 from tinyvllm.errors import BadInput
 from tinyvllm.generate import Generation, bucket, generate
 from tinyvllm.kvcache import KVCache
@@ -453,3 +453,32 @@ def test_abort_ends_the_stream(model):
         return tokens
     tokens = asyncio.run(main())
     assert len(tokens) < 900 and is_greedy(model, [1, 2, 3], tokens) and all_free(llm)
+
+
+# --- warm-up
+
+@pytest.mark.parametrize('sizes', [dict(num_blocks=40, max_num_seqs=4, max_num_batched_tokens=32),
+                                   dict(num_blocks=40, max_num_seqs=4, max_num_batched_tokens=32, num_scheduler_steps=4),
+                                   dict(num_blocks=3, max_num_seqs=64, max_num_batched_tokens=512)])
+def test_after_a_warm_up_nothing_is_captured(model, sizes, capsys):
+    engine = LLM(model, **sizes).engine
+    known = warm_up(engine)
+    assert known == len(engine.runner.graphs) > 0 and 'warm-up' in capsys.readouterr().err
+    graphs, params = dict(engine.runner.graphs), SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for n in range(min(3, sizes['num_blocks'] - 1)):
+        engine.add_request(n, [5], params)
+    while engine.has_unfinished_requests():
+        engine.step()
+    engine.add_request('long', list(range(20)), params)
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert engine.runner.graphs == graphs    # the same objects
+    assert engine.scheduler.blocks.num_free == sizes['num_blocks'] - 1
+    assert engine.requests == {} and not engine.scheduler.sequences
+
+
+def test_a_warm_up_without_graphs_is_silent(model, capsys):
+    cache = PagedKVCache(model, 20)
+    runner = EagerRunner(model, cache, paged_attend)
+    engine = make_engine(model, cache=cache, runner=runner, max_num_seqs=2, max_num_batched_tokens=16)
+    assert warm_up(engine, use_tqdm=False) == 0 and capsys.readouterr().err == ''

@@ -33,8 +33,8 @@ from .weights import resolve
 # %% auto #0
 __all__ = ['SHUT', 'Logprob', 'CompletionOutput', 'RequestOutput', 'Answer', 'encode_prompt', 'Request', 'make_request',
            'OutputProcessor', 'RequestTracker', 'LLMEngine', 'make_engine', 'as_prompts', 'as_params', 'as_chats',
-           'load_engine', 'failed_output', 'raise_or_warn', 'Batcher', 'LLM', 'Mailbox', 'snapshot', 'PostOffice',
-           'settle', 'EngineThread', 'AsyncEngine']
+           'load_engine', 'failed_output', 'raise_or_warn', 'Batcher', 'LLM', 'warm_sizes', 'warm_up', 'Mailbox',
+           'snapshot', 'PostOffice', 'settle', 'EngineThread', 'AsyncEngine']
 
 # %% ../nbs/04a_engine.ipynb #01715b3a
 @dataclass(frozen=True)
@@ -382,6 +382,33 @@ class LLM:
         out = self.batcher.add(prompt, sampling_params or SamplingParams())
         yield from (news for news in self.batcher.run([out]) if news is out)
         if out.error: raise out.error
+
+# %% ../nbs/04a_engine.ipynb #da47e55d
+def warm_sizes(
+    engine: LLMEngine, # says how much a step and the pool hold
+    answer: int, # tokens that are generated
+) -> list[tuple[int, int]]: # requests at the same time, and tokens of their prompts
+    "Powers of two: sequences that speak, then prompts in one piece."
+    plan, blocks = engine.scheduler, engine.scheduler.blocks
+    each = -(-(1 + answer) // blocks.block_size)    # blocks of a short request
+    rows = min(plan.max_num_seqs, plan.max_num_batched_tokens, blocks.num_free // each)
+    longest = min(plan.max_num_batched_tokens, blocks.num_free * blocks.block_size - answer,
+                  engine.config.max_position_embeddings - answer)
+    speak = [(2**i, 1) for i in range(rows.bit_length())]
+    lengths = {min(2**i, longest) for i in range(4, longest.bit_length() + 1)}
+    return speak + [(1, n) for n in sorted(lengths)]
+
+def warm_up(
+    engine: LLMEngine, # with nothing to do
+    use_tqdm: bool = True, # show a progress bar
+) -> int: # graphs that it has now; 0 without graphs
+    "Answer throw-away requests, so that later ones find everything compiled and captured."
+    answer = 2 + 2 * getattr(engine.scheduler, 'num_scheduler_steps', 1)
+    params = SamplingParams(max_tokens=answer, temperature=0, ignore_eos=True)
+    for n, length in tqdm(warm_sizes(engine, answer), 'warm-up', unit='size', disable=not use_tqdm):
+        for i in range(n): engine.add_request(('warm-up', i), [0] * length, params)
+        while engine.has_unfinished_requests(): engine.step()
+    return len(getattr(engine.runner, 'graphs', ()))
 
 # %% ../nbs/04a_engine.ipynb #1e5f2b8e
 class Mailbox:
