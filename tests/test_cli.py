@@ -3,7 +3,6 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 
@@ -193,7 +192,7 @@ def test_wrong_tokens_are_seen(monkeypatch):
     assert measure_rung('04a', model, work, repeat=1).greedy_equal and measure_rung('08', model, work, repeat=1).greedy_equal
     sample = Sequence.extend    # the second request says something else once
     monkeypatch.setattr(Sequence, 'extend', lambda seq, tokens: sample(seq, [
-        replace(t, token_id=(t.token_id + 1) % 9) if seq.id == (1, 0) and len(seq.sampled) == 1 else t for t in tokens]))
+        t._replace(token_id=(t.token_id + 1) % 9) if seq.id == (1, 0) and len(seq.sampled) == 1 else t for t in tokens]))
     assert not measure_rung('04a', model, work, repeat=1).greedy_equal
 
 
