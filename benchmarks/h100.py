@@ -10,12 +10,11 @@ Needs torch beside tinyvllm. What fails is written down, and the rest runs.
 """
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from peers import RESULTS, write_row
+from peers import RESULTS, our_environment, write_row
 
 HERE = Path(__file__).parent
 KINDS = 'decode', 'quant', 'prefill', 'steps'
@@ -24,9 +23,9 @@ KINDS = 'decode', 'quant', 'prefill', 'steps'
 def json_rows(command: list, seconds: float) -> tuple[list[dict], str | None]:
     "The JSON lines of a program, those before a time limit at least, and why there are no more."
     print('  ', *command[1:], file=sys.stderr, flush=True)
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])}
     try:
-        run = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=seconds, env=env)
+        run = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=seconds,
+                             env=our_environment())
         text, error = run.stdout, (run.stderr.strip().splitlines() or [''])[-1] if run.returncode else None
     except subprocess.TimeoutExpired as late:
         text, error = (late.stdout or b'').decode(), f'stopped after {seconds:.0f} s'

@@ -73,9 +73,13 @@ def output(command, **options) -> str:
 def tinyvllm_bench(*args, **options) -> dict:
     "The JSON of `tinyvllm bench ...`, in a process of its own. Raises `Failed`."
     command = [sys.executable, '-m', 'tinyvllm', 'bench', *args, '--json']
+    return json.loads(output(command, env=our_environment(), **options).splitlines()[-1])
+
+
+def our_environment() -> dict:
+    "For a process that imports tinyvllm from this checkout."
     path = str(Path(__file__).parents[1]), *filter(None, [os.environ.get('PYTHONPATH')])
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(path)}
-    return json.loads(output(command, env=env, **options).splitlines()[-1])
+    return {**os.environ, 'PYTHONPATH': os.pathsep.join(path)}
 
 
 def in_turn(sides, samples, **gate):

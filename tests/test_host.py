@@ -348,5 +348,5 @@ def test_a_decision_fills_one_page_and_a_replay_prepares_once(steps, monkeypatch
         assert int(engine.runner.mail.clock.item()) == before + 33    # one replay for each token
         assert engine.runner.mail.ticket + 1 == before + 33
     assert not launches    # the second turn had its graphs: Python asked for no kernel
-    assert {page for page in filled} <= {p for g in engine.runner.graphs.values() for p in g.inputs.pages}
-    assert all(len(g.inputs.pages) == DESKS for g in engine.runner.graphs.values())
+    assert {page for page in filled} <= {p for g in engine.runner.graphs.values() for p in g.step.inputs.pages}
+    assert all(len(g.step.inputs.pages) == DESKS for g in engine.runner.graphs.values())

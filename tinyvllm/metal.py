@@ -23,10 +23,11 @@ from .errors import BadInput
 from .metalsim.source import Parameter, Signature, rewritten, signatures
 
 # %% auto #0
-__all__ = ['METAL_PRELUDE', 'C_PRELUDE', 'CUDA_PRELUDE', 'DEVICES', 'defines', 'signature_of', 'launched', 'element_type',
-           'check_sizes', 'check_tensors', 'check_compiles', 'cuda_argument', 'cuda_source', 'KernelText', 'Kernel']
+__all__ = ['METAL_PRELUDE', 'C_PRELUDE', 'FOLLOW', 'CUDA_PRELUDE', 'DEVICES', 'defines', 'signature_of', 'launched',
+           'element_type', 'check_sizes', 'check_tensors', 'check_compiles', 'cuda_argument', 'cuda_source',
+           'KernelText', 'Kernel']
 
-# %% ../nbs/05_metal.ipynb #6faed246
+# %% ../nbs/05_metal.ipynb #077c49da
 METAL_PRELUDE = """\
 #include <metal_stdlib>
 using namespace metal;
@@ -43,7 +44,6 @@ VECTORS(float) VECTORS(half) VECTORS(int) VECTORS(uint)
 #define kernel
 #define device
 """
-CUDA_PRELUDE = Path(tinyvllm.__file__).with_name('msl_cuda.h').read_text()
 
 def defines(
     constants: dict[str, int | float | str], # what the text leaves open: sizes, scales, types
@@ -197,7 +197,17 @@ def cuda_argument(
     axes = 'xyz'[:int(p.type[-1]) if p.type[-1].isdigit() else 1]
     return f'{p.type}(' + ', '.join(_CUDA_BUILTINS[p.builtin].format(i=i) for i in axes) + ')'
 
-# %% ../nbs/05_metal.ipynb #63dfb2d2
+# %% ../nbs/05_metal.ipynb #6916f637
+FOLLOW = r"""
+// a kernel may start while the one before it ends; here it waits for what that one writes
+static __device__ __forceinline__ void follow() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+"""
+CUDA_PRELUDE = Path(tinyvllm.__file__).with_name('msl_cuda.h').read_text() + FOLLOW
+
 def cuda_source(
     source: str, # Metal
     kernel: Signature, # its name and parameters

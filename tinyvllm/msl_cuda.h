@@ -96,13 +96,6 @@ namespace metal {
   MSL void simdgroup_barrier(mem_flags) { __syncwarp(); }
 }
 
-// --- a kernel that may start while the one before it ends, waits here for what that one writes (from sm_90 on)
-static __device__ __forceinline__ void follow() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // --- from here on the words mean what they mean in Metal
 #define float2 msl_float2
 #define float3 msl_float3

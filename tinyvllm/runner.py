@@ -296,12 +296,13 @@ class Replay:
         if len(graphs) == 1: self.graph = graphs[0]
         return getattr(graphs[-1], 'command_buffer', None)
 
-# %% ../nbs/07_tinyjit.ipynb #9b86bc1c
+# %% ../nbs/07_tinyjit.ipynb #c8480f3a
 class Step:
     "All that the device does for so many tokens of so many sequences, with tables so wide."
-    def __init__(self, runner, steps: int, *sizes: int, tops: bool):
-        self.runner, self.rows, self.tops, self.steps = runner, sizes[1], tops, steps
-        self.inputs = Inputs(runner.mail.device, *sizes, steps)
+    def __init__(self, runner, steps: int, tokens: int, rows: int, width: int, seen: int,
+                 tops: bool):
+        self.runner, self.steps, self.rows, self.tops = runner, steps, rows, tops
+        self.inputs = Inputs(runner.mail.device, tokens, rows, width, seen, steps)
 
     def __call__(self) -> None:
         "Realize it."
@@ -313,17 +314,15 @@ class Step:
         odds = penalise(raw, x['seen'], x['counts'], x['begins'], wish) if 'seen' in x else raw
         mail.post(*sample(odds, wish, raw), likeliest(raw, TOP) if self.tops else None)
 
-# %% ../nbs/07_tinyjit.ipynb #1ce1d69d
-class Graph(Step):
+# %% ../nbs/07_tinyjit.ipynb #fa0d179e
+class Graph:
     "A step that is captured once."
-    def __init__(self, *args, **more):
-        super().__init__(*args, **more)
-        self.replay = Replay(super().__call__)
+    def __init__(self, step: Step): self.step, self.replay = step, Replay(step)
 
     def __call__(self, page: int, later: int) -> int:
         "Replay with a page of the inputs, for the so manieth time: its ticket."
-        mail = self.runner.mail
-        ticket = mail.announce(page * self.steps + later)
+        mail = self.step.runner.mail
+        ticket = mail.announce(page * self.step.steps + later)
         try:
             with Context(SPLIT_REDUCEOP=0, JIT_BATCH_SIZE=0, PARALLEL=0): receipt = self.replay()
         except BaseException: mail.ticket -= 1; raise    # the device has not counted it
@@ -344,7 +343,7 @@ def history(
     counts = Counter(said)
     return [(i, counts[i]) for i in {*seq.token_ids[:seq.num_prompt], *said}]
 
-# %% ../nbs/07_tinyjit.ipynb #5fc46df5
+# %% ../nbs/07_tinyjit.ipynb #0a6a04b5
 class Graphs:
     "A model with its graphs, one for each shape that a step has had."
     def __init__(self,
@@ -365,13 +364,12 @@ class Graphs:
         "The graph for the sizes of a batch; a size that is new is captured when it runs."
         tops = any(seq.params.logprobs for seq in batch.seqs)
         width = power_of_four(max(map(len, batch.tables)), least=16)
-        *sizes, tops = key = *graph_shape(batch.num_tokens, len(batch.seqs)), width, seen, tops
-        if key not in self.graphs or self.graphs[key].steps < batch.steps:
-            steps = power_of_four(batch.steps, least=1)
-            self.graphs[key] = Graph(self, steps, *sizes, tops=tops)
+        key = *graph_shape(batch.num_tokens, len(batch.seqs)), width, seen, tops
+        if key not in self.graphs or self.graphs[key].step.steps < batch.steps:
+            self.graphs[key] = Graph(Step(self, power_of_four(batch.steps, least=1), *key))
         return self.graphs[key]
 
-# %% ../nbs/07_tinyjit.ipynb #b1e3376b
+# %% ../nbs/07_tinyjit.ipynb #9f73f9f2
 class Launcher(Graphs):
     "Gives the device its steps."
     def launch(self, batch: Batch) -> Pending:
@@ -379,11 +377,12 @@ class Launcher(Graphs):
         lists = [history(seq, self.before) if penalised(seq) else [] for seq in batch.seqs]
         seen = power_of_four(sum(map(len, lists)), least=256) if any(lists) else 0
         graph = self.graph(batch, seen)
-        page = graph.inputs.next_page()
+        inputs = graph.step.inputs
+        page = inputs.next_page()
         page.fill(batch, self.places)
         if seen: page.fill_seen(lists)
-        tickets = [graph(graph.inputs.used, later) for later in range(batch.steps)]
-        pending = Pending(self.mail, batch, tickets, graph.rows)
+        tickets = [graph(inputs.used, later) for later in range(batch.steps)]
+        pending = Pending(self.mail, batch, tickets, graph.step.rows)
         self.places = {seq.id: i for i, seq in enumerate(batch.seqs)}
         return pending
 
@@ -404,7 +403,7 @@ class JitRunner(Launcher):
         self.before = self.launch(batch)
         return self.before
 
-# %% ../nbs/07_tinyjit.ipynb #933bfec0
+# %% ../nbs/07_tinyjit.ipynb #53b768da
 class AsyncScheduler(Scheduler):
     "Hears what a step has said when the next one is on its way."
     def __init__(self,
@@ -420,9 +419,9 @@ class AsyncScheduler(Scheduler):
         "The next step, or the next few if nobody reads a prompt and the pool has room."
         batch = super().schedule()
         if self.num_scheduler_steps == 1 or not batch.seqs: return batch
-        room = [s.params.max_tokens - len(s.sampled) - s.in_flight for s in batch.seqs]
         speak = all(n == 1 and batch.speaks(i) and not penalised(batch.seqs[i])
                     for i, n in enumerate(batch.num_new))
+        room = [seq.room for seq in batch.seqs]
         steps = min([self.num_scheduler_steps, PAGES // 2, *room]) if speak else 1
         missing = sum(self.blocks.tables[s.id].missing(steps - 1) for s in batch.seqs)
         if steps > 1 and missing <= self.blocks.num_free:

@@ -17,16 +17,16 @@ from .sampling import Sampled, Sampler, SamplingParams
 __all__ = ['Status', 'Progress', 'Sequence', 'Batch', 'WaitingQueue', 'Roster', 'Reception', 'Admission', 'Planner', 'Ledger',
            'Scheduler']
 
-# %% ../nbs/03_batching.ipynb #8b70a82f
+# %% ../nbs/03_batching.ipynb #6711423c
 class Status(Enum):
     "Where a sequence is. Running ones hold blocks, the others none."
     WAITING, RUNNING, FINISHED = range(3)
 
 class Progress:
     "How many tokens there are, and for how many of them keys and values are stored."
-    def __init__(self, prompt_ids: list[int], max_tokens: int):
+    def __init__(self, prompt_ids: list[int], params: SamplingParams):
         self.token_ids, self.num_prompt = list(prompt_ids), len(prompt_ids)
-        self.max_tokens = max_tokens
+        self.params = params
         self.sampled: list[Sampled] = []    # the answer, with logprobs
         self.num_computed = self.in_flight = 0    # in flight: sampled on the device, not known here
 
@@ -34,12 +34,16 @@ class Progress:
     def num_tokens(self) -> int: return len(self.token_ids) + self.in_flight
 
     @property
+    def room(self) -> int:
+        "Tokens that the answer has still to get, beside those in flight."
+        return self.params.max_tokens - len(self.sampled) - self.in_flight
+
+    @property
     def num_left(self) -> int:
         "Tokens to compute. If the last one of the answer is in flight, nobody needs its successor."
-        last = self.in_flight and len(self.sampled) + self.in_flight >= self.max_tokens
-        return self.num_tokens - self.num_computed - bool(last)
+        return self.num_tokens - self.num_computed - bool(self.in_flight and self.room <= 0)
 
-# %% ../nbs/03_batching.ipynb #10dce29d
+# %% ../nbs/03_batching.ipynb #28ced3cd
 class Sequence(Progress):
     "One answer in the making."
     def __init__(self,
@@ -50,8 +54,8 @@ class Sequence(Progress):
         priority: int = 0, # smaller goes first
         parent: Sequence | None = None, # the first answer to the same prompt: lends its blocks
     ):
-        super().__init__(prompt_ids, params.max_tokens)
-        self.id, self.params, self.parent = id, params, parent
+        super().__init__(prompt_ids, params)
+        self.id, self.parent = id, parent
         self.status, self.rank = Status.WAITING, (priority, 0)
         self.eos_ids = () if params.ignore_eos else eos_ids
         self.ends = {*self.eos_ids, *params.stop_token_ids}
