@@ -199,7 +199,7 @@ def test_a_stream_grows_to_the_answer_and_leaving_it_frees_the_blocks(model):
     for _ in llm.stream('abc', greedy(50)):
         break
     llm.generate('abc', greedy(1), use_tqdm=False)
-    assert all_free(llm) and not llm.engine.has_unfinished_requests()
+    assert all_free(llm) and not llm.engine.core.busy()
 
 
 def test_an_error_while_sampling_ends_one_request(model):
@@ -322,10 +322,10 @@ def test_a_step_that_fails_hurts_no_later_request(model):
 
     def breaks(batch):
         raise RuntimeError('the device is gone')
-    llm.engine.runner = breaks
+    llm.engine.core.runner = breaks
     with pytest.raises(RuntimeError, match='device'):
         llm.generate([1, 2], greedy(3), use_tqdm=False)
-    llm.engine.runner = runner
+    llm.engine.core.runner = runner
     out = llm.generate([1, 2], greedy(3), use_tqdm=False)[0]
     assert is_greedy(model, [1, 2], out.outputs[0].token_ids) and all_free(llm)
 
@@ -400,12 +400,12 @@ def test_leaving_a_stream_aborts_its_request_and_no_other(model):
         return tokens, again
     tokens, again = asyncio.run(main())
     assert is_greedy(model, [1, 2, 3], tokens) and is_greedy(model, [9, 9], again)
-    assert all_free(llm) and not llm.engine.has_unfinished_requests()
+    assert all_free(llm) and not llm.engine.core.busy()
 
 
 async def begun(llm):
     "Wait until a request has reached the engine."
-    while not llm.engine.requests:
+    while not llm.engine.scheduler.sequences:
         await asyncio.sleep(0.001)
 
 
@@ -425,9 +425,9 @@ def test_async_errors_reach_their_caller_only(model):
         await fails(read(engine, [1] * 1023 + [2], greedy(2)), BadInput, '1024 tokens')
         await fails(engine.abort('nobody'), BadInput, "'nobody'")
         tokens, _ = await good
-        runner, llm.engine.runner = llm.engine.runner, lambda batch: 1 / 0
+        runner, llm.engine.core.runner = llm.engine.runner, lambda batch: 1 / 0
         await fails(read(engine, [1], greedy(2)), ZeroDivisionError, 'division')
-        llm.engine.runner = runner
+        llm.engine.core.runner = runner
         after, _ = await read(engine, [1], greedy(2))
         hanging = asyncio.create_task(read(engine, [5], greedy(900)))
         await begun(llm)
@@ -482,3 +482,98 @@ def test_a_warm_up_without_graphs_is_silent(model, capsys):
     runner = EagerRunner(model, cache, paged_attend)
     engine = make_engine(model, cache=cache, runner=runner, max_num_seqs=2, max_num_batched_tokens=16)
     assert warm_up(engine, use_tqdm=False) == 0 and capsys.readouterr().err == ''
+
+
+# --- scoring a prompt
+
+def prompt_scores(model, prompt):
+    "Log-probabilities of every token of a prompt after the first: one plain forward pass."
+    size = bucket(len(prompt) - 1)
+    logits = model(InputBatch.of(prompt[:-1], size=size, rows=list(range(size))), NoCache(), dense_attend).numpy()
+    logits = logits[:len(prompt) - 1].astype(np.float64)
+    return logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) \
+        - logits.max(-1, keepdims=True)
+
+
+@pytest.mark.parametrize('sizes', [{}, dict(max_num_seqs=3), dict(max_num_batched_tokens=4, num_blocks=8, block_size=8)])
+@pytest.mark.parametrize('portable', [False, True])
+def test_prompt_logprobs_are_the_forwards(model, sizes, portable):
+    parts = dict(cache=PagedKVCache(model, 64), attend=paged_attend) if portable else {}
+    if portable:
+        parts['runner'] = EagerRunner(model, *parts.values())
+        sizes = {k: v for k, v in sizes.items() if k.startswith('max')}
+    llm, rng = LLM(model, **parts, **sizes), np.random.default_rng(1)
+    prompts = [rng.integers(0, 512, n).tolist() for n in (17, 1, 2, 9)]
+    params = [greedy(3, prompt_logprobs=2, n=2), greedy(2, prompt_logprobs=0), greedy(0, prompt_logprobs=5), greedy(4)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, p, out in zip(prompts, params, outputs):
+        if p.prompt_logprobs is None:
+            assert out.prompt_logprobs is None
+            continue
+        assert out.prompt_logprobs[0] is None and len(out.prompt_logprobs) == len(prompt)
+        if len(prompt) == 1: continue
+        for i, row in enumerate(prompt_scores(model, prompt), 1):
+            got = {t: p.logprob for t, p in out.prompt_logprobs[i].items()}
+            assert {prompt[i]} <= set(got) and len(got) in (p.prompt_logprobs, p.prompt_logprobs + 1)
+            assert all(abs(got[t] - row[t]) < 1e-3 for t in got)
+            assert sorted(row[t] for t in got)[-1] == pytest.approx(row.max(), abs=1e-3) or not p.prompt_logprobs
+    plain = llm.generate(prompts, [greedy(p.max_tokens) for p in params], use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in plain]
+    assert outputs[2].outputs[0].token_ids == [] and outputs[2].outputs[0].finish_reason == 'length'
+    assert all_free(llm)
+
+
+# --- stop strings, kept or not, and how long they wait
+
+def test_a_stop_string_may_stay_and_may_have_to_wait(model):
+    llm = LLM(model, Letters(), num_blocks=64)
+    (plain,) = llm.generate('abc', greedy(12), use_tqdm=False)
+    text = plain.outputs[0].text
+    stop, first = text[4:6], text.index(text[4:6])
+    (without,), (kept,) = (llm.generate('abc', greedy(12, stop=stop, include_stop_str_in_output=keep), use_tqdm=False)
+                           for keep in (False, True))
+    assert without.outputs[0].text == text[:first] and kept.outputs[0].text == text[:first + 2]
+    assert without.outputs[0].stop_reason == kept.outputs[0].stop_reason == stop
+    (late,) = llm.generate('abc', greedy(12, stop=text[0], min_tokens=3), use_tqdm=False)
+    assert late.outputs[0].text[:3] == text[:3] and len(late.outputs[0].token_ids) > 3
+
+
+def test_a_reader_that_leaves_is_counted_once(model):
+    from tinyvllm.engine import StatLogger
+
+    class Counts(StatLogger):
+        def __init__(self): self.told = []
+        def arrived(self, request): self.told.append('arrived')
+        def ended(self, request): self.told.append([o.finish_reason for o in request.output.outputs])
+
+    llm = LLM(model, num_blocks=64)
+    llm.engine.stats = counts = Counts()
+
+    async def main():
+        engine = AsyncEngine(llm.engine)
+        stream = await engine.submit([1, 2, 3], greedy(900))
+        await anext(stream)
+        stream.close(); stream.close()
+        tokens, _ = await read(engine, [1, 2, 3], greedy(3))
+        with pytest.raises(BadInput):
+            await engine.submit([1] * 2000, greedy(900))
+        assert engine.alive
+        engine.shutdown(); engine.shutdown()
+        assert not engine.alive
+    asyncio.run(main())
+    assert counts.told == ['arrived', ['abort'], 'arrived', ['length']] and all_free(llm)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_on_the_thread_reaches_its_readers(model):
+    llm = LLM(model, num_blocks=64)
+
+    async def main():
+        engine = AsyncEngine(llm.engine)
+
+        def dies(batch): raise SystemExit
+        llm.engine.core.runner = dies
+        with pytest.raises(SystemExit):
+            await read(engine, [1, 2, 3], greedy(3))
+        assert not engine.alive
+    asyncio.run(main())

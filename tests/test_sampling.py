@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinyvllm.errors import BadInput
-from tinyvllm.sampling import (Sampled, Sampler, SamplingParams, apply_count_penalties, apply_min_p,
+from tinyvllm.sampling import (Sampled, Sampler, SamplingParams, StructuredOutputs, apply_count_penalties, apply_min_p,
                                apply_repetition_penalty, apply_temperature, apply_top_k, apply_top_p,
                                draw, log_softmax, process_logits, softmax, top_ids, uniform)
 
@@ -287,7 +287,7 @@ def test_broken_logits_are_named_and_change_nothing(row, what, temperature):
     s = Sampler(SamplingParams(temperature=temperature, seed=1))
     with pytest.raises(FloatingPointError, match="the model") as e: s(np.array(row, np.float32))
     assert what in str(e.value) and "\n" not in str(e.value)
-    assert s.position == 0 and not s.counts and not s.seen
+    assert not s.said and not s.counts and not s.seen
 
 
 def test_penalties_that_overflow_are_named():
@@ -440,6 +440,15 @@ BAD = {
     "ignore_eos": [1, 0, None, "true"],
     "logprobs": [-1, 21, 1.0, "1", True, NAN],
     "n": [0, -1, 1.5, "2", None, True, NAN],
+    "prompt_logprobs": [-1, 21, 1.0, "1", True, NAN],
+    "include_stop_str_in_output": [1, 0, None, "true"],
+    "skip_special_tokens": [1, 0, None, "true"],
+    "min_tokens": [-1, 1.5, "16", None, True, NAN],
+    "logit_bias": [5, {-1: 1}, {1: 101}, {1: NAN}, {"1": 1}, [1, 2], {i: 0 for i in range(1025)}, None],
+    "allowed_token_ids": [[], (), 5, [-1], [1.0], "12", [True]],
+    "bad_words": ["", [""], [" "], "a", [1], None, ["a"] * 129],
+    "structured_outputs": ["{}", {}, 1],
+    "logits_processors": [["a"], 5, None, [("a", 1)]],
 }
 
 
@@ -459,6 +468,24 @@ def test_long_and_multiline_values_stay_one_line():
     for value in (np.zeros((30, 30)), "x\n" * 500):
         with pytest.raises(BadInput) as e: SamplingParams(temperature=value)
         assert "\n" not in str(e.value) and len(str(e.value)) < 160
+
+
+def test_the_form_of_an_answer_is_one_of_five():
+    for good in ({"json": {"type": "object"}}, {"json": True}, {"json_object": True}, {"regex": "a+"},
+                 {"choice": ["a", "b"]}, {"grammar": "start: /a/"}):
+        SamplingParams(structured_outputs=StructuredOutputs(**good))
+    assert StructuredOutputs(json={"a": 1}) == StructuredOutputs(json='{"a": 1}')
+    for bad in ({}, {"json_object": True, "regex": "a"}, {"regex": ""}, {"choice": []}, {"choice": ["a", ""]},
+                {"json": 5}, {"grammar": ""}, {"json_object": False}):
+        with pytest.raises(BadInput, match="structured_outputs"): StructuredOutputs(**bad)
+
+
+def test_parameters_can_be_compared_hashed_and_read():
+    a, b = (SamplingParams(logit_bias={3: 1}, logits_processors={"x": {"b": 1, "a": [2]}}) for _ in range(2))
+    assert a == b and hash(a) == hash(b) and a.controlled and not SamplingParams(stop="x").controlled
+    assert repr(SamplingParams(top_k=3)) == "SamplingParams(top_k=3)" and dataclasses.replace(a) == a
+    with pytest.raises(BadInput, match="min_tokens is 9"): SamplingParams(min_tokens=9, max_tokens=8)
+    with pytest.raises(BadInput, match="logits_processors"): SamplingParams(logits_processors={"x": {1: object()}})
 
 
 def test_good_parameters_at_the_edges():

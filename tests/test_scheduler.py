@@ -57,7 +57,8 @@ def alone(prompt_ids, params):
 
 def most_work(seq):
     "Tokens that a request computes at most, if none is computed twice."
-    return seq.num_prompt + seq.params.max_tokens - 1
+    scored = seq.params.prompt_logprobs is not None and seq.num_prompt > 1
+    return seq.num_prompt + max(seq.params.max_tokens, scored) - 1
 
 
 def bound(scheduler, seq):
@@ -79,8 +80,10 @@ class Shadow:
         self.write(batch)
         for seq, n, table in zip(batch.seqs, batch.num_new, batch.tables):
             self.read(seq, seq.num_computed + n, table)
-        return [[Sampled(next_token(s.token_ids), 0.0, None)] if batch.speaks(i) else []
-                for i, s in enumerate(batch.seqs)]
+        return [[Sampled(self.said(s), 0.0, None)] if batch.speaks(i) else [] for i, s in enumerate(batch.seqs)]
+
+    def said(self, row):
+        return next_token(row.token_ids) if row is row.owner else row.edits([])[0][0]
 
     def slot(self, table, position):    # as `PagedBatch.of` has it
         return table[position // self.block_size] * self.block_size + position % self.block_size
@@ -115,6 +118,7 @@ def check_batch(scheduler, batch):
     sources, targets = {s for s, _ in batch.copies}, [t for _, t in batch.copies]
     assert len(set(targets)) == len(targets) and not sources & set(targets)
     if scheduler.sequences: assert batch.seqs, 'an empty step'
+    assert len(batch.seqs) <= scheduler.max_num_seqs
 
 
 def check_state(scheduler):
@@ -147,7 +151,7 @@ def check_blocks(blocks):
 # --- the walk ----------------------------------------------------------------------------------------
 
 COUNTS = dict.fromkeys(('rules', 'steps', 'preemptions', 'copies', 'finished', 'refused', 'aborted',
-                        'failed', 'late_aborts', 'overtaken'), 0)    # what the walk met
+                        'failed', 'late_aborts', 'overtaken', 'probes'), 0)    # what the walk met
 some = st.integers(0, 10**6)
 
 
@@ -169,7 +173,7 @@ class Walk(RuleBasedStateMachine):
         n = 1 + int(most * rng.random()**rng.choice([1, 4]))
         params = SamplingParams(
             max_tokens=rng.choice([0, 1, 2, rng.randrange(most + 1), *[max(0, most - n + 1)] * 4]),
-            ignore_eos=rng.random() < 0.8, stop_token_ids=rng.sample(range(VOCAB), rng.choice([0, 0, 1])))
+            ignore_eos=rng.random() < 0.8, prompt_logprobs=None if parent or rng.random() < 0.8 else 1, stop_token_ids=rng.sample(range(VOCAB), rng.choice([0, 0, 1])))
         ids, priority = prompt(n, rng.randrange(3)), rng.randrange(self.priorities)
         if parent: ids, priority = parent.token_ids[:parent.num_prompt], parent.rank[0]
         return Sequence(len(self.all), ids, params, (EOS,), priority, parent)
@@ -234,7 +238,7 @@ class Walk(RuleBasedStateMachine):
     def step_with_error(self, who):
         COUNTS['rules'] += 1; COUNTS['failed'] += 1
         batch, tokens = self.begin_step()
-        victim, tokens[who % len(tokens)] = batch.seqs[who % len(tokens)], ValueError('broken')
+        victim, tokens[who % len(tokens)] = batch.seqs[who % len(tokens)].owner, ValueError('broken')
         self.finish_step(batch, tokens)
         assert victim.finish_reason == 'error' and str(victim.error) == 'broken'
 
@@ -243,7 +247,8 @@ class Walk(RuleBasedStateMachine):
         batch = self.scheduler.schedule()
         check_batch(self.scheduler, batch)
         preempted = self.scheduler.preemptions - before
-        assert not preempted or set(batch.seqs) <= set(ran), 'out and in again in one step'
+        assert not preempted or {r.owner for r in batch.seqs} <= set(ran), 'out and in again in one step'
+        COUNTS['probes'] += sum(row is not row.owner for row in batch.seqs)
         COUNTS['preemptions'] += preempted
         COUNTS['copies'] += len(batch.copies)
         waiting = [s.rank for s in self.scheduler.sequences.values() if s.status is Status.WAITING]
@@ -256,7 +261,7 @@ class Walk(RuleBasedStateMachine):
         return batch, self.shadow(batch)
 
     def finish_step(self, batch, tokens):
-        said = {s.id for s, t in zip(batch.seqs, tokens) if t and s.status is Status.RUNNING}
+        said = {s.id for s, t in zip(batch.seqs, tokens) if t and s is s.owner and s.status is Status.RUNNING}
         changed = self.scheduler.update(batch, tokens)
         ended = [s for s in changed if s.status is Status.FINISHED]
         self.reported += [s.id for s in ended]
@@ -277,6 +282,8 @@ class Walk(RuleBasedStateMachine):
             assert (seq.token_ids, seq.finish_reason) == (ids, reason)
             by_eos = ids[-1] == EOS and not seq.params.ignore_eos
             assert seq.stop_reason == (ids[-1] if reason == 'stop' and not by_eos else None)
+            places = range(1, seq.num_prompt) if seq.params.prompt_logprobs else ()
+            assert {i: t.token_id for i, t in seq.prompt_scores.items()} == {i: seq.token_ids[i] for i in places}
         assert [int(t) for t in seq.sampled] == seq.token_ids[seq.num_prompt:]
 
     @invariant()

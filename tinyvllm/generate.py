@@ -51,7 +51,7 @@ def generate(
         ids.append(int(token))
         yield token
 
-# %% ../nbs/01_greedy.ipynb #76883ee6
+# %% ../nbs/01_greedy.ipynb #975367a1
 def answer_logits(
     model: Llama, # the model
     prompt_ids: Sequence[int], # the prompt
@@ -71,7 +71,7 @@ def same_greedy(
     "Was each token the most likely one, given all before it?"
     return answer_logits(model, prompt_ids, tokens).argmax(-1).tolist() == list(map(int, tokens))
 
-# %% ../nbs/01_greedy.ipynb #a94dec15
+# %% ../nbs/01_greedy.ipynb #12ba8ea9
 def check_prompt(
     prompt_ids: Sequence[int], # the prompt
     config: ModelConfig, # gives the context and the vocabulary
@@ -83,17 +83,20 @@ def check_prompt(
     if max_tokens < 0: raise BadInput(f'max_tokens is {max_tokens}; use 0 or more')
     if n >= context:
         raise BadInput(f'the prompt has {n} tokens and the context is {context}, which must hold '
-                       'the answer too; shorten the prompt')
+                       'the answer too; shorten the prompt', code='context_length_exceeded')
     bad = next((i for i in prompt_ids if not 0 <= i < config.vocab_size), None)
     if bad is not None:
         raise BadInput(f'token id {bad} is outside the vocabulary of {config.vocab_size}')
     return min(max_tokens, context - n)
 
-# %% ../nbs/01_greedy.ipynb #055272cd
+# %% ../nbs/01_greedy.ipynb #8fe20e52
 class StopText:
     "Lets text through until a stop string appears, and holds back what could become one."
-    def __init__(self, stop: Sequence[str] = ()):
-        self.stop, self.held, self.hit = tuple(stop), '', None
+    def __init__(self,
+        stop: Sequence[str] = (), # strings that end the text
+        keep: bool = False, # is the one that appears part of it?
+    ):
+        self.stop, self.keep, self.held, self.hit = tuple(stop), keep, '', None
 
     def add(self, text: str) -> str:  # what is certain now
         "Take new text. `hit` becomes the stop string that appears; the text ends before it."
@@ -101,8 +104,8 @@ class StopText:
         found = [(self.held.index(s) + len(s), self.held.index(s), s)
                  for s in self.stop if s in self.held]
         if found:   # several in one piece: the one that is complete first
-            _, start, self.hit = min(found)
-            self.held = self.held[:start]
+            end, start, self.hit = min(found)
+            self.held = self.held[:end if self.keep else start]
             return self.finish()
         heads = (s[:n] for s in self.stop for n in range(1, len(s)))
         wait = max((len(h) for h in heads if self.held.endswith(h)), default=0)
@@ -114,25 +117,29 @@ class StopText:
         out, self.held = self.held, ''
         return out
 
-# %% ../nbs/01_greedy.ipynb #193f6ded
+# %% ../nbs/01_greedy.ipynb #6d58d141
 class TextStream:
     "The text of one request: takes tokens, gives back what is final."
     def __init__(self,
         tokenizer: Tokenizer, # its tokenizer
         prompt_ids: Sequence[int] = (), # what stood before the first token
-        stop: Sequence[str] = (), # strings that end the text; not part of it
+        stop: Sequence[str] = (), # strings that end the text
+        keep: bool = False, # is the one that appears part of it?
+        skip_special_tokens: bool = True, # leave out tokens such as <|im_end|>
     ):
-        self.detokenizer = tokenizer.stream(skip_special_tokens=True, prompt_ids=prompt_ids)
-        self.door, self.text = StopText(stop), ''
+        self.detokenizer = tokenizer.stream(skip_special_tokens=skip_special_tokens,
+                                            prompt_ids=prompt_ids)
+        self.door, self.text = StopText(stop, keep), ''
 
     @property
     def stopped(self) -> str | None:
         "The stop string that has appeared."
         return self.door.hit
 
-    def add(self, token: int) -> str:
+    def add(self, token: int, may_stop: bool = True) -> str:
         "One more token; returns the text that is certain now."
-        return self._said(self.door.add(self.detokenizer.add(token)))
+        new = self.detokenizer.add(token)
+        return self._said(self.door.add(new) if may_stop else new)
 
     def finish(self) -> str:
         "No more tokens: what was held back, unless a stop string swallowed it."
