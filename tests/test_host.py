@@ -291,7 +291,7 @@ def test_rows_beyond_the_batch_are_greedy():
 def test_seen_tokens_of_penalised_rows():
     page = page_of()
     for lists in ([[(5, 1), (7, 0)], [], [(5, 2)]], [[(3, 3)]]):
-        page.fill_seen(lists)
+        page.fill_pairs(lists, 'seen', 'counts', 'begins')
         begins = page.parts['begins'].tolist()
         assert [list(zip(page.parts['seen'][a:b].tolist(), page.parts['counts'][a:b].tolist()))
                 for a, b in zip(begins, begins[1:])] == lists + [[]] * (4 - len(lists))

@@ -1,0 +1,150 @@
+"""What does it cost to say only what is allowed?
+
+    python benchmarks/control.py              # prints rows and adds them to benchmarks/results/control.jsonl
+    python benchmarks/control.py --dry        # prints only
+
+`mask`: microseconds to hear a token and to make the next mask, along answers that are drawn at random from what is
+allowed (the rest of the machine counts: a mean and a maximum of all masks). `admission`: milliseconds until a grammar is
+ready, when it is new and when it is known. `kernel`: microseconds of `steer` for a row, replayed. `step`: milliseconds
+of a step of SmolLM2 for sequences that are free, biased, or held by a grammar, in turns; the tenth percentile of each,
+since neighbours only make a step longer; and the kernels of their graphs. How schemas are obeyed is in `json_schemas.py`.
+"""
+import argparse
+import json
+import time
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import numpy as np
+import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
+from peers import RESULTS, write_row
+from tinygrad import Device, Tensor
+from tinyvllm.control import grammar_of, grammars_of, make_control, packed, run_trial, steer, unpacked
+from tinyvllm.engine import LLM
+from tinyvllm.measure import machine_name
+from tinyvllm.runner import captured
+from tinyvllm.sampling import SamplingParams, StructuredOutputs
+from tinyvllm.tokenizer import load_tokenizer
+from tinyvllm.weights import resolve
+
+OUT = RESULTS / 'control.jsonl'
+PERSON = {'type': 'object', 'properties': {'name': {'type': 'string'}, 'age': {'type': 'integer'}, 'tags': {
+    'type': 'array', 'items': {'type': 'string'}}}, 'required': ['name', 'age', 'tags'], 'additionalProperties': False}
+GRAMMARS = {'json_object': dict(json_object=True), 'json schema, 3 fields': dict(json=PERSON),
+            'json schema, 500 fields': dict(json={'type': 'object', 'properties': {f'p{i}': {'type': 'string'} for i in range(500)},
+                                                  'required': [f'p{i}' for i in range(500)]}),
+            'regex': dict(regex=r'\([0-9]{3}\) [0-9]{3}-[0-9]{4}( ext\. [0-9]+)?'), 'choice of 2': dict(choice=['yes', 'no']),
+            'enum of 4,000': dict(json={'enum': [f'value {i}' for i in range(4000)]}),
+            'arithmetic (Lark)': dict(grammar='start: e\ne: t | e ("+" | "-") t\nt: f | t ("*" | "/") f\nf: /[0-9]+/ | "(" e ")"')}
+ROUNDS, TOKENS = 12, 24
+
+
+def masks(tokenizer, wish, walks=12, most=40):
+    "Microseconds of each step of a grammar: hear a token, make a mask."
+    V, rng, took = tokenizer.vocab_size, np.random.default_rng(0), []
+    params, config = SamplingParams(structured_outputs=StructuredOutputs(**wish)), SimpleNamespace(vocab_size=V)
+    for _ in range(walks):
+        rule, said = make_control(params, tokenizer, config), []
+        while len(said) < most and not (said and said[-1] in tokenizer.eos_ids):
+            start = time.perf_counter()
+            mask = rule.mask(said)
+            took.append((time.perf_counter() - start) * 1e6)
+            said.append(int(rng.choice(unpacked(mask, V).nonzero()[0])))
+    return took
+
+
+def admission(tokenizer, wish):
+    "Milliseconds of the trial, of compiling, and of both for a grammar that is known."
+    V, shape = tokenizer.vocab_size, StructuredOutputs(**wish)
+    grammars, times = grammars_of(tokenizer, V), []
+    kind = next(k for k in ('json', 'regex', 'choice', 'grammar') if getattr(shape, k) is not None)
+    text = getattr(shape, kind) if kind != 'choice' else json.dumps(shape.choice)
+    for ask in (lambda: run_trial(kind, text), lambda: grammars.matcher(grammar_of(shape)), lambda: grammars.matcher(grammar_of(shape))):
+        if len(times) == 1:
+            grammar_of(shape)    # its trial is not counted twice
+            grammars.kept.clear()
+        start = time.perf_counter()
+        ask()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def kernel(V, R=8):
+    "Microseconds of the kernel for a row with a mask and 8 edits."
+    mask = np.tile(packed(range(0, V, 3), V), (R, 1))
+    x = dict(masked=np.ones(R), edges=np.arange(R + 1) * 8, edited=np.tile(np.arange(8) * 50, R))
+    x = {name: Tensor(part.astype(np.int32)).realize() for name, part in x.items()}
+    x['adds'] = Tensor(np.ones(8 * R, np.float32)).realize()
+    logits, words = Tensor.randn(R, V).realize(), Tensor(mask.reshape(-1)).realize()
+    route, clock = (Tensor(np.zeros(4, np.int32)).realize() for _ in range(2))
+    replay, best = captured(lambda: steer(logits, x, words, route, clock).realize()), np.inf
+    for _ in range(40):
+        start = time.perf_counter()
+        replay()
+        Device[Device.DEFAULT].synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best / R * 1e6
+
+
+def step_times(llm, params, n):
+    "Seconds of each step in which n sequences speak."
+    engine, ids, times = llm.engine, [5] * 8, []
+    outs = [engine.add_request(i, ids, params) for i in range(n)]
+    engine.step(), engine.step()
+    while engine.has_unfinished_requests():
+        start = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - start)
+    if outs[0].error:
+        raise outs[0].error
+    return times[:-2]    # the last ones only hear
+
+
+def steps(llm, n):
+    "Milliseconds of a step, and kernels, for each kind of request."
+    shape = StructuredOutputs(regex='[a-z ]{400}')
+    ways = {'free': dict(ignore_eos=True), 'biased': dict(ignore_eos=True, logit_bias={i: -5 for i in range(20)}),
+            'grammar': dict(structured_outputs=shape)}
+    params = {way: SamplingParams(temperature=0, max_tokens=TOKENS, **wish) for way, wish in ways.items()}
+    times = {way: [] for way in ways}
+    for turn in range(ROUNDS + 1):
+        for way in ways:
+            took = step_times(llm, params[way], n)
+            times[way] += took if turn else []    # the first compiles
+    graphs = llm.engine.runner.graphs
+    free = next(key for key in graphs if key[0] == key[1] == n and len(key) == 5)
+    size = {'free': free, 'biased': (*free, False, 256 if n > 3 else 64, ()), 'grammar': (*free, True, 64, ())}
+    for way in ways:
+        yield dict(what='step', way=way, rows=n, ms=round(float(np.percentile(times[way], 10)) * 1e3, 2),
+                   kernels=len(graphs[size[way]].replay.graph.calls))
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    args.add_argument('--dry', action='store_true', help='write nothing')
+    args = args.parse_args()
+    tokenizer, rows = load_tokenizer(resolve('smollm2')), []
+    start = time.perf_counter()
+    grammars_of(tokenizer, tokenizer.vocab_size)
+    rows.append(dict(what='vocabulary', ms=round((time.perf_counter() - start) * 1e3)))
+    for name, wish in GRAMMARS.items():
+        if 'json_object' not in wish:
+            trial, new, known = admission(tokenizer, wish)
+            rows.append(dict(what='admission', grammar=name, trial_ms=round(trial), new_ms=round(new, 2), known_ms=round(known, 3)))
+        took = masks(tokenizer, wish)
+        rows.append(dict(what='mask', grammar=name, masks=len(took), mean_us=round(float(np.mean(took)), 1),
+                         p99_us=round(float(np.percentile(took, 99)), 1), max_us=round(max(took), 1)))
+    rows.append(dict(what='kernel', us=round(kernel(tokenizer.vocab_size), 1)))
+    llm = LLM('smollm2', num_blocks=200, max_num_seqs=8)
+    for n in (1, 8):
+        rows += steps(llm, n)
+    about = dict(model='SmolLM2-135M', vocab=tokenizer.vocab_size, machine=machine_name(Device.DEFAULT), device=Device.DEFAULT,
+                 llguidance=version('llguidance'), tinygrad=version('tinygrad'))
+    for row in rows:
+        print(row)
+        if not args.dry:
+            write_row(OUT, row | about)
+
+
+if __name__ == '__main__':
+    main()
