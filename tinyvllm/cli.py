@@ -1,4 +1,4 @@
-"The command line: `tinyvllm pull | generate | chat | bench | doctor | info`."
+"The command line: `tinyvllm pull | generate | chat | serve | top | bench | doctor | info`."
 import argparse
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tinyvllm import __version__
 from tinyvllm.errors import BadInput
+from tinyvllm.top import EXAMPLES as TOP_EXAMPLES, top, top_options
 
 # Modules that import tinygrad are imported inside the commands: `--device` must be settled first,
 # and `--help` must not take a second.
@@ -21,6 +22,7 @@ EXAMPLES = {
 examples:
   tinyvllm generate "The capital of France is"     complete a text with the default model
   tinyvllm chat                                    talk to it
+  tinyvllm serve                                   let others talk to it: an OpenAI server
   tinyvllm info                                    what this machine has
   tinyvllm bench                                   how fast it is, beside the stored results""",
     'pull': """\
@@ -54,6 +56,21 @@ examples:
   tinyvllm chat
   tinyvllm chat --system "Answer in one word." --temperature 0.7
 inside: /reset forgets the conversation, /exit leaves, Ctrl-C stops the answer""",
+    'serve': """\
+examples:
+  tinyvllm serve                                   the default model, at http://127.0.0.1:8000
+  tinyvllm serve --model ./folder-or-file.gguf --port 9000 --max-num-seqs 64
+  TINYVLLM_API_KEY=secret tinyvllm serve --host 0.0.0.0
+  tinyvllm serve --api-key-file keys.txt           a key a line; clients send one as their API key
+then:
+  open http://127.0.0.1:8000                       a page to chat with it, and what it is doing
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}'
+  OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none python your_program.py
+
+It listens at once and answers 503 until the model is there. Ctrl-C or SIGTERM: answers that are on
+their way are finished first; a second one ends them. Needs `pip install 'tinyvllm[serve]'`.""",
+    'top': TOP_EXAMPLES,
     'bench': """\
 examples:
   tinyvllm bench                                   same as `tinyvllm bench ladder`
@@ -110,18 +127,20 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     "The commands and their options."
-    top = Parser('tinyvllm', description='Run language models on tinygrad.', epilog=EXAMPLES[None],
+    root = Parser('tinyvllm', description='Run language models on tinygrad.', epilog=EXAMPLES[None],
                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument('--version', action='version', version=f'tinyvllm {__version__}')
-    commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    root.add_argument('--version', action='version', version=f'tinyvllm {__version__}')
+    commands = root.add_subparsers(dest='command', required=True, metavar='COMMAND')
     add_commands(commands, [
         (pull, 'pull', 'Download a model into the cache.', pull_options),
         (generate, 'generate', 'Complete a text, word by word, or all texts of a file.', generate_options),
         (chat, 'chat', 'Talk to a model, with its own chat template.', chat_options),
+        (serve, 'serve', 'Answer over HTTP, as OpenAI does.', serve_options),
+        (top, 'top', 'Watch a running server.', top_options),
         (bench, 'bench', 'Measure: the ladder, decoding, prefill, a trace of requests.', bench_commands),
         (doctor, 'doctor', 'Check every kernel on this device against float64.', doctor_options),
         (info, 'info', 'Show device, compiler, bandwidth, cache and models.', device_option)])
-    return top
+    return root
 
 
 def add_commands(commands, table: list) -> None:
@@ -157,6 +176,43 @@ def chat_options(p: Parser) -> None:
     p.add_argument('--system', metavar='TEXT', help='what the model is told first')
     model_options(p)
     sampling_options(p, max_tokens=512)
+
+
+def serve_options(p: Parser) -> None:
+    "Where to listen, whom to answer, how large the engine is."
+    p.add_argument('--host', default='127.0.0.1', help='default 127.0.0.1, this machine only; 0.0.0.0 is everybody')
+    p.add_argument('--port', type=int, default=8000, metavar='N', help='default 8000; 0 is any that is free')
+    p.add_argument('--served-model-name', nargs='+', metavar='NAME',
+                   help='what clients call the model; default: what --model says, without folders')
+    p.add_argument('--api-key', action='append', default=[], metavar='KEY',
+                   help='repeatable; others on this machine can see it: better $TINYVLLM_API_KEY or a file')
+    p.add_argument('--api-key-file', metavar='FILE', help='a key a line; # begins a comment')
+    p.add_argument('--allowed-origin', action='append', default=[], metavar='URL',
+                   help='a page of another host that may ask from a browser; repeatable; default none')
+    p.add_argument('--logits-processor', action='append', default=[], metavar='NAME',
+                   help='an installed plugin that requests may use (entry point tinyvllm.logits_processors); repeatable')
+    p.add_argument('--public-metrics', action='store_true', help='/metrics and /stats without a key')
+    p.add_argument('--quiet', action='store_true', help='no line for each request')
+    serve_limits(p)
+    model_options(p)
+
+
+def serve_limits(p: Parser) -> None:
+    "How much work, and for how long."
+    p.add_argument('--max-model-len', type=int, metavar='N', help='longest prompt with its answer; default: the '
+                   "model's context, or what the pool of blocks holds")
+    p.add_argument('--max-num-seqs', type=int, metavar='N', help='answers that run at once; default 256')
+    p.add_argument('--max-num-batched-tokens', type=int, metavar='N', help='tokens of a step; default 512')
+    p.add_argument('--num-blocks', type=int, metavar='N',
+                   help='blocks of 16 tokens for keys and values; default: as many as fit')
+    p.add_argument('--max-queue', type=int, default=256, metavar='N',
+                   help='prompts that wait for their first token; one more gets 429; default 256')
+    p.add_argument('--max-n', type=int, default=16, metavar='N', help='answers to one prompt; default 16')
+    p.add_argument('--queue-timeout', type=float, metavar='S', help='503 for what waits longer; default: none')
+    p.add_argument('--request-timeout', type=float, metavar='S', help='408 for what takes longer; default: none')
+    p.add_argument('--shutdown-timeout', type=float, default=30, metavar='S',
+                   help='for the answers that are on their way; default 30')
+    p.add_argument('--no-warmup', action='store_true', help='open at once; the first requests wait for compilers')
 
 
 def bench_commands(p: Parser) -> None:
@@ -448,6 +504,46 @@ def reply(stream) -> str:
     return text
 
 
+def serve(args) -> int:
+    "`tinyvllm serve`: until it is told to stop."
+    try:
+        from tinyvllm.server import run_server
+    except ModuleNotFoundError as error:
+        raise BadInput(f"serving needs {error.name}: pip install 'tinyvllm[serve]'") from None
+    sizes = {n: getattr(args, n) for n in (*SIZES, 'max_model_len') if getattr(args, n) is not None}
+    options = dict(dtype=args.dtype, quantization=args.quant, **sizes)
+    return run_server(args.model, server_args(args), options, warm=not args.no_warmup, log=not args.quiet)
+
+
+def server_args(args):
+    "The `ServerArgs`; raises `BadInput`."
+    from tinyvllm.protocol import Limits
+    from tinyvllm.server import ServerArgs
+    same = ('host port public_metrics max_queue queue_timeout request_timeout shutdown_timeout').split()
+    names = args.served_model_name or [os.path.basename(args.model.rstrip('/')) or args.model]
+    return ServerArgs(**{n: getattr(args, n) for n in same}, names=tuple(names), api_keys=tuple(api_keys(args)),
+                      allowed_origins=tuple(args.allowed_origin),
+                      processors=tuple(args.logits_processor), limits=Limits(max_n=args.max_n))
+
+
+def api_keys(args) -> list[str]:
+    "From the options, the environment and the file; raises `BadInput`."
+    keys = [*args.api_key, *filter(None, [os.environ.get('TINYVLLM_API_KEY')])]
+    if args.api_key_file:
+        try:
+            lines = Path(args.api_key_file).read_text(encoding='utf-8').splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
+            raise BadInput(f'cannot read the keys in {args.api_key_file}: {why}') from None
+        found = [line.partition('#')[0].strip() for line in lines]
+        if not any(found):
+            raise BadInput(f'{args.api_key_file} holds no key; write one a line')
+        keys += filter(None, found)
+    if any(not key.isascii() or not key.isprintable() or ' ' in key or not key for key in keys):
+        raise BadInput('an API key is printable ASCII without spaces')
+    return keys
+
+
 def bench(args) -> None:
     "`tinyvllm bench ladder`: measure a rung, store its rows, print them beside the others."
     from importlib.resources import files
@@ -627,7 +723,7 @@ def main(argv: list[str] | None = None) -> int:
     "Run a command; a user's mistake is one line and exit code 2."
     args = parser().parse_args(default_bench(sys.argv[1:] if argv is None else argv))
     try:
-        if args.command != 'pull':
+        if hasattr(args, 'device'):
             use_device(args.device)
         return args.run(args) or 0
     except BrokenPipeError:   # `tinyvllm ... | head` has seen enough
