@@ -380,6 +380,8 @@ CHAT = [{'role': 'system', 'content': 'be <b>brief</b>'}, {'role': 'user', 'cont
     ('{{ strftime_now("%Y") | length }}', '4'),
     ('{% macro f(n) %}{% if n %}{{ n }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(3) }}', '321'),
     ('{{ "-" * 10 }}{{ 7 % 4 }}{{ messages[0].content.split("<")[0].strip() | upper }}', '-' * 10 + '3BE'),
+    ('{{ "a" ~ 1 ~ none ~ nothing }}{{ ["a", 2] | join("-") }}{{ "abc".replace("b", "") }}{{ "a\nb" | indent(2) }}',
+     'a1Nonea-2aca\n  b'),
     ('{% for k, v in messages[0].items() if k == "role" %}{{ k }}={{ v }}{% endfor %}', 'role=system'),
 ])
 def test_templates(kinds, template, text):
@@ -401,6 +403,15 @@ def test_templates(kinds, template, text):
     "{% for x in [[]] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "{% set a = 'x' * 9999999 %}{% for i in range(9999) %}{{ a }}{% endfor %}",
     "{% for x in _budget %}{% endfor %}{% for x in [1] %}{% endfor %}",
+    "{% set ns = namespace(a='a') %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a }}",
+    "{% set ns = namespace(a='a') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ ns.a }}",
+    "{% set ns = namespace(a='a') %}{% for i in range(60) %}{% set ns.a = ns.a|replace('a', ns.a ~ 'aa') %}{% endfor %}",
+    "{% set ns = namespace(a='a') %}{% for i in range(60) %}{% set ns.a = ns.a.replace('a', ns.a ~ 'aa') %}{% endfor %}",
+    "{% set ns = namespace(a=['a']) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a }}",
+    "{% set ns = namespace(a=['a']) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a|tojson }}",
+    "{% set ns = namespace(a=['a']) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}{% endfor %}{{ ns.a ~ '' }}",
+    "{{ range(99999)|map('string')|join('x' * 9999) }}", "{{ ('x' * 9999).join(messages[0].role * 9999) }}",
+    "{{ 'a\n' * 9999 | indent(999999) }}",
     "{% if %}", "{{ unclosed", "{{ " + "(" * 5000 + ")" * 5000 + " }}", "{{ 1 / 0 }}", "{{ nothing.at.all }}",
     "{{ raise_exception('roles must\\nalternate') }}", "{{ 'a' + 1 }}", "{% for m in 5 %}{% endfor %}",
 ])
