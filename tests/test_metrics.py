@@ -267,7 +267,7 @@ def test_speeds_forget():
     assert per_second([(9.99, 0, 0)], (10, 5, 0)) == [20, 0]    # a moment is no speed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(['add', 'more', 'fork', 'free']), st.integers(0, 9), st.integers(1, 9)), max_size=40))
 def test_fragmentation_counts_slots(moves):
     blocks, names = BlockManager(30, 4), iter(range(100))

@@ -216,16 +216,19 @@ class MeteredCore(EngineCore):
             done - launched - (idle_now - idle_then)], done)
         return changed
 
-# %% ../nbs/10e_metrics.ipynb #3ba6408a
+# %% ../nbs/10e_metrics.ipynb #2a5952aa
 def fragmentation(
     blocks: BlockManager, # may change meanwhile: a rough number then
 ) -> float: # 0 to 1
     "The share of the slots in owned blocks that no token has."
-    size, tails = blocks.block_size, {}
-    for table in list(blocks.tables.values()):
+    size, tails, tables = blocks.block_size, {}, list(blocks.tables.values())
+    for table in tables:
         if ids := table.ids[:]:
             used = table.length - (len(ids) - 1) * size
             tails[ids[-1]] = max(tails.get(ids[-1], 0), min(max(used, 0), size))
+    shared = {i for i in tails if blocks.pool.blocks[i].refs > 1}
+    for table in tables if shared else ():
+        for i in shared.intersection(table.ids[:-1]): tails[i] = size    # another goes on after it
     owned = len(blocks.pool.blocks) - 1 - blocks.num_free
     return sum(size - n for n in tails.values()) / (owned * size) if owned else 0.0
 
