@@ -131,7 +131,7 @@ def test_a_step_reads_weights_once_and_no_more_of_the_pool_than_it_uses(model):
 
 
 def test_pool_is_sized_by_what_is_free(model, monkeypatch):
-    block, args = 16 * kv_bytes(model), EngineArgs(max_num_seqs=4)
+    block, args = 16 * kv_bytes(model), EngineArgs(max_num_seqs=4).on('CPU')
     reserve = activation_bytes(model.config, args)
 
     def with_memory(free, **change):

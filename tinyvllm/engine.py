@@ -316,7 +316,7 @@ class LLMEngine(RequestTracker):
         return self.add(make_request(request_id, prompt, params, self.tokenizer, self.config,
                                      priority))
 
-# %% ../nbs/04a_engine.ipynb #7d574e40
+# %% ../nbs/04a_engine.ipynb #6cbafab1
 def make_engine(
     model: Llama, # on its device
     tokenizer: Tokenizer | None = None, # None: token ids only
@@ -327,7 +327,7 @@ def make_engine(
     **sizes, # fields of `EngineArgs`
 ) -> LLMEngine:
     "An engine from its parts; what is not given is the best there is. Raises `BadInput`."
-    args = EngineArgs(**sizes)
+    args = EngineArgs(**sizes).on(model.embedding.device)
     cache = cache or fused_cache(model, pool_blocks(model, args), args.block_size)
     if not (scheduler or hasattr(cache, 'num_blocks')): raise BadInput(
         f'{type(cache).__name__} is not made of blocks; give the engine a scheduler for it too')

@@ -20,8 +20,8 @@ from .sampling import Sampled
 from .scheduler import Batch, Sequence
 
 # %% auto #0
-__all__ = ['CPU_POOL', 'stored', 'PagedKVCache', 'PagedBatch', 'paged_attend', 'sampled', 'EagerRunner', 'free_memory',
-           'EngineArgs', 'activation_bytes', 'pool_blocks']
+__all__ = ['STEP_TOKENS', 'CPU_POOL', 'stored', 'PagedKVCache', 'PagedBatch', 'paged_attend', 'sampled', 'EagerRunner',
+           'free_memory', 'EngineArgs', 'activation_bytes', 'pool_blocks']
 
 # %% ../nbs/04_blocks.ipynb #b9e4f737
 def _store(pool: UOp, new: UOp, slots: UOp) -> UOp:
@@ -177,7 +177,7 @@ def free_memory(
     query = 'nvidia-smi', '--query-gpu=memory.free', '--format=csv,noheader,nounits'
     return int(subprocess.check_output(query, text=True).split()[0]) * 2**20
 
-# %% ../nbs/04_blocks.ipynb #95d8ecd9
+# %% ../nbs/04_blocks.ipynb #fc07abe0
 @dataclass(frozen=True)
 class EngineArgs:
     "How large an engine is, under vLLM's names. Raises `BadInput`."
@@ -185,7 +185,7 @@ class EngineArgs:
     block_size: int = 16            # tokens per block
     gpu_memory_utilization: float = 0.9   # share of the free memory for the pool and a step
     max_num_seqs: int = 256         # most sequences that run at once
-    max_num_batched_tokens: int = 512   # most tokens of one step
+    max_num_batched_tokens: int | None = None   # most tokens of one step; None: see `on`
     max_model_len: int | None = None    # longest sequence; None: the model's context
     num_scheduler_steps: int = 1    # tokens of each sequence for one decision of the scheduler
 
@@ -200,6 +200,11 @@ class EngineArgs:
             raise BadInput(f'gpu_memory_utilization is {self.gpu_memory_utilization}; '
                            'use a share above 0 and up to 1')
 
+    def on(self, device: str) -> EngineArgs:
+        "With as many tokens for a step as keep others waiting neither long nor often."
+        tokens = self.max_num_batched_tokens or STEP_TOKENS.get(device.split(':')[0], 512)
+        return replace(self, max_num_batched_tokens=tokens)
+
     def config(self, model: Llama) -> ModelConfig:
         "The model's configuration with this context; raises `BadInput` where it has less."
         wanted, context = self.max_model_len, model.config.max_position_embeddings
@@ -207,7 +212,9 @@ class EngineArgs:
         if wanted <= context: return replace(model.config, max_position_embeddings=wanted)
         raise BadInput(f"max_model_len is {wanted}, and the model's context is {context}")
 
-# %% ../nbs/04_blocks.ipynb #de854bc5
+# %% ../nbs/04_blocks.ipynb #f7db0f8c
+STEP_TOKENS = {'CPU': 256, 'CUDA': 2048}    # of a step; chapter 09a measures them
+
 def activation_bytes(
     c: ModelConfig, # shapes, and the context
     args: EngineArgs, # most tokens and sequences of a step
@@ -218,7 +225,7 @@ def activation_bytes(
     scores = 3 * c.num_attention_heads * c.max_position_embeddings
     return 4 * (T * (width + scores) + 3 * min(R, T) * c.vocab_size)
 
-# %% ../nbs/04_blocks.ipynb #1c12b743
+# %% ../nbs/04_blocks.ipynb #c87caf31
 CPU_POOL = 2**30   # bytes; a computer's memory is not ours alone, and filling it takes time
 
 def pool_blocks(
@@ -227,6 +234,7 @@ def pool_blocks(
 ) -> int: # blocks, with block 0
     "Size the pool by what the device has left. Raises `BadInput` where that is too little."
     config, device = args.config(model), model.embedding.device.split(':')[0]
+    args = args.on(device)
     free = free_memory(device)
     room = max(0, int(args.gpu_memory_utilization * free) - activation_bytes(config, args))
     cap = min(room, CPU_POOL) if device == 'CPU' else room
