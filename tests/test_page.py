@@ -274,7 +274,7 @@ def test_errors_are_shown(visit, script, status, said):
     script.error = status, said
     page = visit()
     ask(page)
-    assert said in page.locator('[role=alert]').inner_text()
+    assert said in page.locator('[role=alert]').text_content()
     script.error = None
     page.get_by_role('button', name='Try again').click()
     assert answer(page).locator('.text').inner_text() == 'Hello there.'
@@ -285,8 +285,18 @@ def test_a_stream_that_breaks_off(visit, script):
     page = visit()
     script.cut = True
     ask(page)
-    assert 'ended before' in answer(page).locator('[role=alert]').inner_text()
+    assert 'ended before' in answer(page).locator('[role=alert]').text_content()
     assert answer(page).locator('.text').inner_text() == 'Hello there.'
+
+
+def test_a_server_that_goes_away(visit):
+    own = Server()
+    page = visit(own.url)
+    until(page, 'document.querySelector("#v-running").textContent === "3"')
+    own.stop()
+    ask(page)
+    assert 'does not answer' in page.locator('[role=alert]').text_content()
+    until(page, 'document.querySelector("#banner").textContent.includes("does not answer")')
 
 
 def test_loading_and_key(visit, script):
@@ -297,6 +307,7 @@ def test_loading_and_key(visit, script):
     key = page.locator('#key')
     key.wait_for()
     until(page, 'document.activeElement.id === "key"')
+    assert 'asks for an API key' in page.locator('#why').text_content()
     page.keyboard.type('wrong\n')
     until(page, 'document.querySelector("#banner").textContent.includes("not know")')
     key.fill('sesame')

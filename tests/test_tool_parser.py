@@ -131,7 +131,7 @@ def test_thoughts_only_where_the_template_knows_them():
     text = '<think>a</think>b'
     assert auto('<tool_call>', text) == (text, '', [])
     assert joined(parse(make_parser([], 'none', None), [text])) == (text, '', [])
-    assert auto(THINKER, 'a</think>b', prompt_tail='user: hi\n<think>\n') == ('b', 'a', [])
+    assert auto(THINKER, '\na \n</think>\n b', prompt_tail='hi\n<think>\n') == ('b', 'a', [])
 
 
 def test_parallel_calls():
@@ -177,6 +177,14 @@ def test_a_refused_object_hides_no_call():
 def test_a_string_may_quote_markers():
     text = '<tool_call>{"name": "weather", "arguments": {"city": "</tool_call><tool_call>{"}}'
     assert auto(HERMES_TEMPLATE, text)[2] == [('weather', '{"city": "</tool_call><tool_call>{"}')]
+
+
+@pytest.mark.parametrize('text, content', [
+    (' \nC\nx', 'x'), ('a \nC\n', 'a'), ('a\n\nC b ', 'a\n\n b'), (' C C ', ''), (' a', ' a')])
+def test_space_beside_calls(text, content):
+    call = '<tool_call>{"name": "time"}</tool_call>'
+    said, _, calls = auto(HERMES_TEMPLATE, text.replace('C', call))
+    assert said == content and len(calls) == text.count('C')
 
 
 def test_cut_in_the_end_marker():
@@ -355,6 +363,19 @@ def test_strict_under_auto(vocabulary):
     llama = tool_grammar(FORCED, 'auto', LLAMA_TEMPLATE)
     assert allows('text', llama) and allows('{"name": "free", "parameters": {}}', llama)
     assert not allows('{"name": "other", "parameters": {}}', llama)
+
+
+def test_no_property_is_invented(vocabulary):
+    def allows(parameters, arguments):
+        grammar = tool_grammar([tool('f', parameters=parameters)], 'f', HERMES_TEMPLATE)
+        text = '<tool_call>\n{"name": "f", "arguments": ' + arguments
+        return vocabulary[1](grammar).try_consume_tokens(list(text.encode())) == len(text.encode())
+    listed = {'properties': {'a': {}}}
+    assert allows(listed, '{"a": 1}') and not allows(listed, '{"b": 1}')
+    assert allows(None, '{}') is not allows(None, '{"b": 1}')
+    for open_ in ({'properties': {'a': {}}, 'additionalProperties': True}, {'required': ['b']},
+                  {'properties': {'a': {}}, 'anyOf': [{'required': ['b']}, {}]}):
+        assert allows(open_, '{"b": 1}'), open_
 
 
 def test_nothing_forced():

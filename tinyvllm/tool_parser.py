@@ -86,7 +86,7 @@ def read_call(
     if not isinstance(arguments, dict): return None
     return name, json.dumps(arguments, ensure_ascii=False)
 
-# %% ../nbs/10f_tools.ipynb #af35a14b
+# %% ../nbs/10f_tools.ipynb #c8647b54
 class Speech:
     "What is said aloud. Whitespace waits: beside calls and thoughts it belongs to nobody."
     def __init__(self, limit: int | None = None): # calls that are told
@@ -113,19 +113,20 @@ class Speech:
         self.calls, self.fresh = self.calls + 1, True
         if not self.said: self.turn()
 
-    def turn(self) -> None: self.spaces, self.trim, self.fresh = [], True, True
+    def turn(self) -> None: # what waits is dropped, and what follows until a word
+        self.spaces, self.trim, self.fresh = [], True, True
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
         return events
 
-# %% ../nbs/10f_tools.ipynb #19bc873e
+# %% ../nbs/10f_tools.ipynb #5f52b0df
 def overlap(text: str, marker: str) -> int: # characters
     "How much of the end of `text` could be the beginning of `marker`."
     sizes = range(min(len(text), len(marker) - 1), 0, -1)
     return next((n for n in sizes if text.endswith(marker[:n])), 0)
 
-def outside(p: ReplyParser) -> Callable | None:
+def outside(p: ReplyParser) -> Callable | None: # the next state; None: wait for more text
     "Content, until a call may begin."
     body, start, state = p.held.lstrip(), p.format.start, None
     if p.format.bare and p.speech.fresh and body[:1] == '{':
@@ -173,10 +174,10 @@ def closed(p: ReplyParser) -> Callable | None:
     if body.startswith(end): p.held = body[len(end):]
     return outside
 
-# %% ../nbs/10f_tools.ipynb #faf0f3b5
+# %% ../nbs/10f_tools.ipynb #8398fe82
 OPEN, CLOSE = '<think>', '</think>'
 
-def beginning(p: ReplyParser) -> Callable | None: # the next state; None: wait for more text
+def beginning(p: ReplyParser) -> Callable | None:
     "Does the answer begin with a thought?"
     body = aside(p)
     if body != OPEN and OPEN.startswith(body): return None
