@@ -38,5 +38,5 @@ $(VENV)/installed: $(PROJECT) | $(VENV)/bin/pip
 	@touch $@
 
 $(VENV)/installed-dev: $(PROJECT) | $(VENV)/bin/pip
-	$(VENV)/bin/pip install -q -e '.[dev,parity]'
+	$(VENV)/bin/pip install -q -e '.[dev,serve,clients,parity]'
 	@touch $@ $(VENV)/installed

@@ -41,6 +41,6 @@ setup(
     packages=find_packages(include=[lib, lib + '.*']),
     package_data={lib: ['data/*', '*.h', 'static/*'], lib + '.metalsim': ['rt.cpp', 'include/*']},
     install_requires=words('requirements'),
-    extras_require={name: words(name + '_requirements') for name in ('hub', 'plot', 'serve', 'dev', 'parity')},
+    extras_require={name: words(name + '_requirements') for name in ('hub', 'plot', 'serve', 'dev', 'clients', 'parity')},
     entry_points={'console_scripts': words('console_scripts'), 'nbdev': [f'{lib}={lib}._modidx:d']},
 )
