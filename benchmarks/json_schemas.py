@@ -70,7 +70,7 @@ def valid(text, schema):
     return True
 
 
-def answers(llm, schemas, constrained, max_tokens=200):
+def answers(llm, schemas, constrained, max_tokens):
     "An answer to each schema, in one batch: (text, finish reason, error)."
     prompts = [llm.engine.tokenizer.apply_chat_template([{'role': 'user', 'content': f'Write JSON that follows this '
                f'schema, nothing else: {json.dumps(s)}'}]) for s in schemas]
@@ -80,9 +80,9 @@ def answers(llm, schemas, constrained, max_tokens=200):
     return [(out.outputs[0].text, out.outputs[0].finish_reason, out.error) for out in outs]
 
 
-def judged(llm, schemas, constrained):
+def judged(llm, schemas, constrained, max_tokens=200):
     "How many answers are valid, how many were cut; those that are neither."
-    done, bad, cut = answers(llm, schemas, constrained), [], 0
+    done, bad, cut = answers(llm, schemas, constrained, max_tokens), [], 0
     for (text, reason, error), schema in zip(done, schemas):
         if reason == 'length':
             cut += 1

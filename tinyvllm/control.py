@@ -163,8 +163,8 @@ def byte_tree(
     wrapped = TokenizerWrapper(ByteVocabulary(tokenizer, V))
     return LLTokenizer(wrapped, eos_token=[i for i in tokenizer.eos_ids if i < V])
 
-# %% ../nbs/10d_control.ipynb #305dec97
-MAX_TEXT, MAX_DEPTH, PATIENCE = 2**16, 64, 2.0    # bytes, levels, seconds
+# %% ../nbs/10d_control.ipynb #c764f188
+MAX_TEXT, MAX_DEPTH, PATIENCE = 2**16, 64, 2    # bytes, levels, seconds of a processor
 SPACE = r'[ \n]{0,24}'    # between the parts of JSON: enough to indent, too little to dawdle
 
 def depth(
@@ -191,13 +191,17 @@ def check_text(
     except (ValueError, RecursionError): refuse('is not JSON, or nested too deeply')
     if deep > MAX_DEPTH: refuse(f'has {deep} levels; up to {MAX_DEPTH} are allowed')
 
-# %% ../nbs/10d_control.ipynb #c094d98e
+# %% ../nbs/10d_control.ipynb #6a19d080
 TRIAL = '''
 import json, sys, threading
 sys.path.append(sys.argv[1])
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+kind, text, space, seconds = json.load(sys.stdin)
+try:
+    from resource import RLIMIT_AS, RLIMIT_CPU, setrlimit
+    setrlimit(RLIMIT_CPU, (seconds, seconds)), setrlimit(RLIMIT_AS, (2 << 30, 2 << 30))
+except (ImportError, ValueError, OSError): pass
 def trial():
-    kind, text, space = json.load(sys.stdin)
     limits = LLParserLimits(max_lexer_states=10_000, verbose_errors=False)
     try:
         if kind == 'json': grammar = LLMatcher.grammar_from_json_schema(
@@ -207,12 +211,12 @@ def trial():
         if not matcher.get_error(): matcher.compute_bitmask()
         print(json.dumps([grammar, matcher.get_error()]))
     except Exception as error: print(json.dumps(['', str(error)]))
-try: import resource; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-except (ImportError, ValueError, OSError): pass
 threading.stack_size(2 << 20)
 thread = threading.Thread(target=trial)
 thread.start(), thread.join()
 '''
+
+# %% ../nbs/10d_control.ipynb #409be718
 _trials = BoundedSemaphore(2)    # at a time: the rest of the machine is for the model
 
 def run_trial(kind: str, text: str) -> tuple[str, str]: # grammar for llguidance, or what is wrong
@@ -220,11 +224,11 @@ def run_trial(kind: str, text: str) -> tuple[str, str]: # grammar for llguidance
     home = str(Path(find_spec('llguidance').origin).parents[1])
     try:
         with _trials: done = subprocess.run(
-            [sys.executable, '-I', '-c', TRIAL, home], timeout=PATIENCE, capture_output=True,
-            input=json.dumps([kind, text, SPACE]).encode())
+            [sys.executable, '-I', '-c', TRIAL, home], timeout=4 * PATIENCE, capture_output=True,
+            input=json.dumps([kind, text, SPACE, PATIENCE]).encode())
         return tuple(json.loads(done.stdout))
-    except subprocess.TimeoutExpired: return '', f'it takes more than {PATIENCE:g} seconds'
-    except ValueError: return '', 'it is too complex'
+    except (subprocess.TimeoutExpired, ValueError):    # too slow, too large, or it has crashed
+        return '', 'it is too complex'
 
 # %% ../nbs/10d_control.ipynb #4e50b097
 def one_line(text: str) -> str:
@@ -269,7 +273,7 @@ def next_mask(matcher, words: np.ndarray) -> np.ndarray:
     why = one_line(matcher.get_error())
     raise BadInput(f'structured_outputs: {why}', param='structured_outputs')
 
-# %% ../nbs/10d_control.ipynb #e4750717
+# %% ../nbs/10d_control.ipynb #473fe015
 class Grammars:
     "Compiled grammars over one vocabulary; the least used go first."
     def __init__(self, tokenizer: Tokenizer, V: int, room: int = 2**25):
@@ -288,7 +292,6 @@ class Grammars:
                 self.kept.popitem(last=False)
         return new.deep_copy()
 
-# %% ../nbs/10d_control.ipynb #4c0af828
 _one_tree = Lock()
 
 def grammars_of(
@@ -367,7 +370,7 @@ def load_processors(
         if processor.name != name: raise BadInput(
             f'logits processor {name!r} calls itself {processor.name!r}')
 
-# %% ../nbs/10d_control.ipynb #386c03b1
+# %% ../nbs/10d_control.ipynb #b1dd11f3
 class Use:
     "A plugin with the arguments of one request."
     listens, size = True, None
@@ -387,7 +390,6 @@ class Use:
         if self.size in (None, len(row)) and all(map(math.isfinite, row)): return row
         raise ValueError(f'logits processor {self.processor.name} gave {row!r:.60}')
 
-# %% ../nbs/10d_control.ipynb #ed0c80b7
 def applied(
     processor: LogitsProcessor,
     logits: Tensor, # (R, V) float32
@@ -434,7 +436,7 @@ def check_form(p: SamplingParams, tokenizer: Tokenizer | None) -> None:
         'structured_outputs end by the end token; they go without ignore_eos and min_tokens',
         param='structured_outputs')
 
-# %% ../nbs/10d_control.ipynb #3f77440e
+# %% ../nbs/10d_control.ipynb #109e8e28
 def make_control(
     params: SamplingParams, # the wishes of a request
     tokenizer: Tokenizer | None, # None: wishes about tokens only
@@ -454,9 +456,8 @@ def make_control(
         rules.append(Allowed(check_ids('allowed_token_ids', p.allowed_token_ids, V), V))
     if p.bad_words: rules.append(BadWords(spellings(p.bad_words, tokenizer)))
     if p.structured_outputs:
-        grammars = grammars_of(tokenizer, V)
-        matcher = grammars.matcher(grammar_of(p.structured_outputs))
-        rules.append(Grammar(matcher, grammars.words))
+        text, grammars = grammar_of(p.structured_outputs), grammars_of(tokenizer, V)
+        rules.append(Grammar(grammars.matcher(text), grammars.words))
     uses = [Use(name, args, prompt_ids) for name, args in p.logits_processors]
     uses = [use for use in uses if not (use.processor.argmax_invariant and p.greedy)]
     return Control(rules, uses) if rules or uses else None
@@ -480,7 +481,7 @@ def fill_steering(
         if order.mask is None: continue
         page.parts['masked'][row], page.masks[row] = 1, order.mask
 
-# %% ../nbs/10d_control.ipynb #1ab4ff90
+# %% ../nbs/10d_control.ipynb #93d33259
 M_STEER = '''
 kernel void steer(device float* out, device const float* logits, device const int* masks,
     device const int* route, device const int* clock, device const int* masked,
@@ -490,7 +491,7 @@ kernel void steer(device float* out, device const float* logits, device const in
   device const float* x = logits + long(row) * V;
   device float* y = out + long(row) * V;
   threadgroup int words[TILE / 32];
-  const int held = WORDS > 0 && masked[row];
+  const int held = masked[row];
   if (held) {    // the mask lies in the host's memory: each word is fetched once
     const int page = route[clock[0] % ROUTES] / STEPS;
     const int at = from / 32 + me;
@@ -504,7 +505,7 @@ kernel void steer(device float* out, device const float* logits, device const in
     if (edited[e] >= from && edited[e] < to) y[edited[e]] += adds[e];
 }'''
 
-# %% ../nbs/10d_control.ipynb #3788bc9f
+# %% ../nbs/10d_control.ipynb #3d80a1da
 C_STEER = '''
 kernel void steer(device float* out, device const float* logits, device const int* masks,
     device const int* route, device const int* clock, device const int* masked,
@@ -513,10 +514,9 @@ kernel void steer(device float* out, device const float* logits, device const in
   for (int r = 0; r < ROWS; r++) {
     const float* x = logits + (long)r * V;
     float* y = out + (long)r * V;
-    const int held = WORDS > 0 && masked[r];
     const int* words = masks + (page * ROWS + r) * WORDS;
     for (int i = 0; i < V; i += 32) {
-      const int word = held ? words[i / 32] : -1;
+      const int word = masked[r] ? words[i / 32] : -1;
       for (int bit = 0; bit < 32 && i + bit < V; bit++)
         y[i + bit] = word >> bit & 1 ? x[i + bit] : -__builtin_inff();
     }
@@ -525,22 +525,21 @@ kernel void steer(device float* out, device const float* logits, device const in
 }'''
 STEER, TILE = Kernel(M_STEER, c=C_STEER), 8192    # tokens of a threadgroup
 
-# %% ../nbs/10d_control.ipynb #e38fdb47
+# %% ../nbs/10d_control.ipynb #38776d56
 def steer(
     logits: Tensor, # (R, V) float32
     x: dict[str, Tensor], # a page: `masked` (R,), `edges` (R + 1,), `edited` and `adds` (E,)
-    masks: Tensor | None, # (pages * R * ceil(V / 32),) int32, seen by the host; None: no masks
+    masks: Tensor, # (pages * R * ceil(V / 32),) int32, which the host writes
     route: Tensor, # the page of a ticket: page * steps + later
     clock: Tensor, # (1,) the ticket
     steps: int = 1, # replays of a page, at most
 ) -> Tensor: # (R, V) float32
     "Masks and edits, as in `obeyed`."
-    (R, V), words = logits.shape, 0 if masks is None else -(-logits.shape[1] // 32)
+    R, V = logits.shape
     out = Tensor.empty(R, V, dtype=dtypes.float, device=logits.device)
-    return STEER(out, logits, route if masks is None else masks, route, clock, x['masked'],
-                 x['edges'], x['edited'], x['adds'], grid=(-(-V // TILE), R), threads=(256,),
-                 nbytes=8 * R * V, V=V, ROWS=R, WORDS=words, STEPS=steps,
-                 ROUTES=route.shape[0], TILE=TILE)
+    return STEER(out, logits, masks, route, clock, x['masked'], x['edges'], x['edited'], x['adds'],
+                 grid=(-(-V // TILE), R), threads=(256,), nbytes=8 * R * V, V=V, ROWS=R,
+                 WORDS=-(-V // 32), STEPS=steps, ROUTES=route.shape[0], TILE=TILE)
 
 # %% ../nbs/10d_control.ipynb #9568e6fb
 def plugged(

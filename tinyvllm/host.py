@@ -16,10 +16,19 @@ from .sampler import wishes
 from .scheduler import Batch
 
 # %% auto #0
-__all__ = ['PREPARE_BODY', 'PREPARE_HEAD', 'THREADS', 'PREPARE', 'DESKS', 'mapped', 'host_visible', 'page_shapes', 'kind',
-           'laid_out', 'piece', 'known_tokens', 'Tables', 'chances', 'Wishes', 'Page', 'constants', 'Inputs']
+__all__ = ['PREPARE_BODY', 'PREPARE_HEAD', 'THREADS', 'PREPARE', 'DESKS', 'enter', 'mapped', 'host_visible', 'page_shapes',
+           'kind', 'laid_out', 'piece', 'known_tokens', 'Tables', 'chances', 'Wishes', 'Page', 'constants', 'Inputs']
 
-# %% ../nbs/08a_host.ipynb #0180ae58
+# %% ../nbs/08a_host.ipynb #a737076c
+def enter(
+    device: str, # tinygrad's name
+) -> None:
+    "Let this thread use a card that another thread has opened."
+    if not device.startswith('CUDA'): return
+    from tinygrad.runtime.autogen import cuda
+    from tinygrad.runtime.ops_cuda import check
+    check(cuda.cuCtxSetCurrent(Device[device].context))
+
 def mapped(
     n: int, # of int32
     device: str, # tinygrad's name of a CUDA card
@@ -27,7 +36,7 @@ def mapped(
     "Memory of the host that a CUDA card reads and writes in place."
     from tinygrad.runtime.autogen import cuda
     from tinygrad.runtime.ops_cuda import check
-    Device[device].allocator    # opens the device
+    enter(device)
     check(cuda.cuMemHostAlloc(ctypes.byref(pointer := ctypes.c_void_p()), 4 * n, 1))
     host = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_int32)), (n,))
     host[:] = 0
