@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'DEFAULT_LIMITS', 'MOST', 'Unused', 'Word', 'Words', 'Stop', 'TokenId', 'TokenIds', 'Ids', 'Several',
-           'Prompt', 'Digits', 'CLOSED', 'Bias', 'JSONObject', 'AnySchema', 'Name', 'OTHERS', 'SAME', 'Content',
-           'ToolChoice', 'RESERVED', 'DONE', 'PING', 'REPLIES', 'Ints', 'Texts', 'Prompted', 'Usage', 'Named',
-           'OldLogprobs', 'Choice', 'CompletionChoice', 'Completion', 'Generated', 'TopLogprob', 'TokenLogprob',
-           'ChoiceLogprobs', 'FunctionCall', 'CallPart', 'Delta', 'ReplyMessage', 'ChatChoice', 'WholeChoice',
-           'PartChoice', 'ChatCompletion', 'ChatCompletionChunk', 'ModelCard', 'ModelList', 'Tokenized', 'Detokenized',
-           'TokenizerInfo', 'Version', 'Health', 'ErrorDetail', 'ErrorResponse', 'REQUESTS', 'RESPONSES', 'APIError',
-           'no_model', 'bad_key', 'too_large', 'too_busy', 'unavailable', 'where', 'validation_error', 'clean',
-           'api_error', 'Limits', 'limits_of', 'AtMost', 'SmallJSON', 'Refused', 'Ignored', 'shape', 'listed', 'number',
-           'whole', 'Wire', 'StreamOptions', 'JSONSchemaFormat', 'ResponseFormat', 'StructuredFormat', 'nothing',
-           'SamplingFields', 'refuse', 'make_params', 'AnswerRequest', 'constraint_of', 'GenerateRequest',
-           'CompletionRequest', 'TextPart', 'CalledFunction', 'ToolCall', 'Message', 'Function', 'Tool', 'FunctionName',
-           'NamedTool', 'AllowedTools', 'AllowedChoice', 'choice_shape', 'ToolFields', 'as_message', 'call_grammar',
-           'ServiceFields', 'ChatFields', 'render', 'ChatRequest', 'TokenizeRequest', 'DetokenizeRequest',
-           'read_request', 'check_model', 'treatment', 'dump', 'sse', 'spelled', 'finite', 'chat_logprobs',
-           'completion_logprobs', 'prompt_logprobs', 'News', 'Cursor', 'reason', 'Offsets', 'echoed', 'Completing',
-           'Calls', 'message_of', 'Chatting', 'usage_of', 'Reply', 'StreamedReply', 'CompletionReply', 'GenerateReply',
-           'ChatReply', 'shape_of', 'with_limits', 'schemas', 'response_of', 'request_body']
+           'Prompt', 'Digits', 'CLOSED', 'Bias', 'JSONObject', 'AnySchema', 'Name', 'OTHERS', 'NEUTRAL', 'SAME',
+           'Content', 'ToolChoice', 'RESERVED', 'DONE', 'PING', 'REPLIES', 'Ints', 'Texts', 'Prompted', 'Usage',
+           'Named', 'OldLogprobs', 'Choice', 'CompletionChoice', 'Completion', 'Generated', 'TopLogprob',
+           'TokenLogprob', 'ChoiceLogprobs', 'FunctionCall', 'CallPart', 'Delta', 'ReplyMessage', 'ChatChoice',
+           'WholeChoice', 'PartChoice', 'ChatCompletion', 'ChatCompletionChunk', 'ModelCard', 'ModelList', 'Tokenized',
+           'Detokenized', 'TokenizerInfo', 'Version', 'Health', 'ErrorDetail', 'ErrorResponse', 'REQUESTS', 'RESPONSES',
+           'APIError', 'no_model', 'bad_key', 'too_large', 'too_busy', 'unavailable', 'where', 'validation_error',
+           'clean', 'api_error', 'Limits', 'limits_of', 'AtMost', 'SmallJSON', 'Refused', 'Ignored', 'shape', 'listed',
+           'number', 'exact', 'whole', 'Wire', 'StreamOptions', 'JSONSchemaFormat', 'ResponseFormat',
+           'StructuredFormat', 'nothing', 'SamplingFields', 'refuse', 'make_params', 'AnswerRequest', 'constraint_of',
+           'GenerateRequest', 'CompletionRequest', 'TextPart', 'CalledFunction', 'ToolCall', 'Message', 'Function',
+           'Tool', 'FunctionName', 'NamedTool', 'AllowedTools', 'AllowedChoice', 'choice_shape', 'ToolFields',
+           'as_message', 'call_grammar', 'ServiceFields', 'ChatFields', 'render', 'ChatRequest', 'TokenizeRequest',
+           'DetokenizeRequest', 'read_request', 'check_model', 'treatment', 'dump', 'sse', 'spelled', 'finite',
+           'chat_logprobs', 'completion_logprobs', 'prompt_logprobs', 'Unread', 'Cursor', 'reason', 'Offsets', 'echoed',
+           'Completing', 'Calls', 'message_of', 'Chatting', 'usage_of', 'Reply', 'StreamedReply', 'CompletionReply',
+           'GenerateReply', 'ChatReply', 'shape_of', 'with_limits', 'schemas', 'response_of', 'events_of',
+           'request_body']
 
-# %% ../nbs/09b_protocol.ipynb #242c23c4
+# %% ../nbs/09b_protocol.ipynb #68dd3963
 import json
 import re
 import secrets
@@ -31,7 +32,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import (
-    BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, create_model)
+    BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError,
+    create_model)
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError, core_schema, from_json
 from .engine import CompletionOutput, Logprob, RequestOutput
@@ -215,7 +217,7 @@ class Ignored:
 
 Unused = Annotated[Any, Ignored()]
 
-# %% ../nbs/09b_protocol.ipynb #a844ec1e
+# %% ../nbs/09b_protocol.ipynb #06e44b9d
 def shape(value: Any) -> str: # the tag of an alternative
     "What was given where several shapes are allowed; decided by a look at the first item."
     if isinstance(value, str): return '(text)'
@@ -232,9 +234,13 @@ def number(low: float, high: float, **more) -> Any:
     "A finite number, bounded on both sides."
     return Annotated[float, Field(ge=low, le=high, allow_inf_nan=False, **more)]
 
+def exact(value: Any) -> Any:
+    "3.0 is an integer in JSON."
+    return int(value) if type(value) is float and value.is_integer() else value
+
 def whole(low: int, high: int = 2**31 - 1) -> Any:
     "An integer, bounded on both sides."
-    return Annotated[int, Field(ge=low, le=high)]
+    return Annotated[int, Field(ge=low, le=high), BeforeValidator(exact)]
 
 # %% ../nbs/09b_protocol.ipynb #aae89fb3
 Word = Annotated[str, Field(min_length=1), AtMost('max_stop_chars')]
@@ -296,7 +302,7 @@ class StructuredFormat(Wire):
                    SmallJSON()) | None = None
     grammar: Annotated[str, AtMost('max_schema_bytes')] | None = None
 
-# %% ../nbs/09b_protocol.ipynb #dd09ece1
+# %% ../nbs/09b_protocol.ipynb #3dfa84e2
 OTHERS = {    # of other servers: what they ask for would be missing from the answer
     'guided_json': 'use structured_outputs', 'guided_regex': 'use structured_outputs',
     'guided_choice': 'use structured_outputs', 'guided_grammar': 'use structured_outputs',
@@ -311,9 +317,11 @@ OTHERS = {    # of other servers: what they ask for would be missing from the an
     'dynatemp_range': 'use temperature', 'lora': 'one model is served',
     'thinking_token_budget': 'use max_tokens', 'return_tokens_as_token_ids': 'use return_token_ids'}
 
-def nothing(value: Any) -> bool:
+NEUTRAL = {'typical_p': 1, 'tfs_z': 1, 'length_penalty': 1}    # where it is not 0
+
+def nothing(name: str, value: Any) -> bool:
     "Does the value of a foreign parameter ask for nothing?"
-    return value is None or value is False or value == 0 or value == []
+    return value in (None, False, []) or value == NEUTRAL.get(name, 0)
 
 # %% ../nbs/09b_protocol.ipynb #f2dfcd8b
 class SamplingFields(Wire):
@@ -341,7 +349,7 @@ class SamplingFields(Wire):
     structured_outputs: StructuredFormat | None = None
     stream: bool | None = None
 
-# %% ../nbs/09b_protocol.ipynb #39392935
+# %% ../nbs/09b_protocol.ipynb #ced3e6e6
 SAME = ('n', 'temperature', 'top_p', 'top_k', 'min_p', 'presence_penalty', 'frequency_penalty',
         'repetition_penalty', 'seed', 'stop', 'stop_token_ids', 'ignore_eos', 'min_tokens',
         'allowed_token_ids', 'bad_words', 'include_stop_str_in_output', 'skip_special_tokens',
@@ -360,11 +368,12 @@ def make_params(
     "The engine's parameters; what was not given keeps its default. Raises `APIError`."
     given = {name: value for name in SAME if (value := getattr(body, name)) is not None}
     if body.logit_bias: given['logit_bias'] = {int(i): b for i, b in body.logit_bias.items()}
-    if constraint: given['structured_outputs'] = StructuredOutputs(**constraint)
-    try: return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
+    try:
+        if constraint: given['structured_outputs'] = StructuredOutputs(**constraint)
+        return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs)
     except BadInput as error: raise api_error(error) from None
 
-# %% ../nbs/09b_protocol.ipynb #3c46b672
+# %% ../nbs/09b_protocol.ipynb #542d0926
 class AnswerRequest(SamplingFields):
     "What `/generate`, completions and chat share."
     model: Annotated[str, Field(max_length=256)] | None = None
@@ -379,7 +388,7 @@ class AnswerRequest(SamplingFields):
     def check(self) -> None:
         "Parameters that do not go together. Raises `APIError`."
         for name, value in (self.model_extra or {}).items():
-            if name in OTHERS and not nothing(value):
+            if name in OTHERS and not nothing(name, value):
                 raise refuse(name, f'not supported: {OTHERS[name]}')
         if self.stream_options and not self.stream:
             raise refuse('stream_options', 'needs "stream": true')
@@ -389,7 +398,8 @@ class AnswerRequest(SamplingFields):
 
     def unknown(self) -> list[str]:
         "Names that mean nothing here, for a warning in the log."
-        return [n for n in list(self.model_extra or ()) if re.fullmatch(r'\w{1,40}', n)][:10]
+        words = (n for n in self.model_extra or () if re.fullmatch('[a-zA-Z0-9_]{1,40}', n))
+        return [*words][:10]
 
 # %% ../nbs/09b_protocol.ipynb #7829d224
 def constraint_of(body: AnswerRequest) -> dict | None: # what StructuredOutputs is made with
@@ -501,7 +511,7 @@ class AllowedChoice(Wire):
     type: Literal['allowed_tools']
     allowed_tools: AllowedTools
 
-# %% ../nbs/09b_protocol.ipynb #495f7ed0
+# %% ../nbs/09b_protocol.ipynb #b3ed4105
 def choice_shape(value: Any) -> str:
     "Which of the forms of `tool_choice`."
     if not isinstance(value, dict): return '(word)'
@@ -518,6 +528,10 @@ class ToolFields(AnswerRequest):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
+    @property
+    def several(self) -> bool: # a function by name is called once
+        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
+
     def offered(self) -> tuple[list[dict], str]: # functions; none, auto, required or a name
         "What may be called, and what must. Raises `APIError`."
         choice = self.tool_choice
@@ -533,7 +547,7 @@ class ToolFields(AnswerRequest):
             return tools, choice.allowed_tools.mode
         return tools, min(named) if named else choice or 'auto' if tools else 'none'
 
-# %% ../nbs/09b_protocol.ipynb #8abdca88
+# %% ../nbs/09b_protocol.ipynb #d32fdbf5
 def as_message(n: int, message: Message) -> dict:
     "A turn as templates read it: content is one text. Raises `APIError`."
     content = message.content
@@ -555,7 +569,7 @@ def call_grammar(
     "The constraint under which a model calls what it must."
     special = {tokenizer.piece(i).decode('utf-8', 'replace') for i in tokenizer.special_ids}
     grammar = tool_grammar(*body.offered(), tokenizer.chat_template,
-                           body.parallel_tool_calls is not False, prompt[-64:], special)
+                           body.several, prompt[-64:], special)
     return grammar and {'grammar': grammar}
 
 # %% ../nbs/09b_protocol.ipynb #40ebed14
@@ -647,13 +661,13 @@ class ChatRequest(ChatFields):
         spoken = self.offered()[1] == 'none'    # markers of calls may be special tokens
         return params if spoken else replace(params, skip_special_tokens=False)
 
-# %% ../nbs/09b_protocol.ipynb #3f892474
+# %% ../nbs/09b_protocol.ipynb #c2657a04
 class TokenizeRequest(ChatFields):
     "`POST /tokenize`: the ids of a prompt, or of a conversation."
     model_config = ConfigDict(json_schema_extra={
         'oneOf': [{'required': ['prompt']}, {'required': ['messages']}]})
-    prompt: str | None = None
-    messages: listed(Message, Field(min_length=1), AtMost('max_messages')) | None = None
+    prompt: str = None
+    messages: listed(Message, Field(min_length=1), AtMost('max_messages')) = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -764,8 +778,8 @@ def prompt_logprobs(told: list[dict[int, Logprob] | None] | None) -> list[dict |
     return told and [said and {str(i): {'logprob': finite(p.logprob), 'decoded_token':
         p.decoded_token} for i, p in said.items()} for said in told]
 
-# %% ../nbs/09b_protocol.ipynb #3155bc29
-class News(NamedTuple):
+# %% ../nbs/09b_protocol.ipynb #9de55912
+class Unread(NamedTuple):
     "What an answer has said since the last look."
     text: str
     first: int          # index of the first new token
@@ -776,13 +790,13 @@ class Cursor:
     "How much of an answer a reader has."
     def __init__(self): self.chars, self.tokens, self.over = 0, 0, False
 
-    def news(self, answer: CompletionOutput) -> News:
+    def unread(self, answer: CompletionOutput) -> Unread:
         "Catch up; a reader that was away gets more at once."
         end = None if self.over else answer.finish_reason
-        news = News(answer.text[self.chars:], self.tokens, answer.token_ids[self.tokens:], end)
+        new = Unread(answer.text[self.chars:], self.tokens, answer.token_ids[self.tokens:], end)
         self.chars, self.tokens = len(answer.text), len(answer.token_ids)
         self.over = self.over or end is not None
-        return news
+        return new
 
 def reason(end: str | None) -> str | None: # the engine's word
     "OpenAI's word: what did not end by itself was cut short."
@@ -814,7 +828,7 @@ def echoed(
     offsets = Offsets(tokenizer, False, [], 0)
     return text, [0] + offsets(ids[1:]) if added else offsets(ids)
 
-# %% ../nbs/09b_protocol.ipynb #8306aa16
+# %% ../nbs/09b_protocol.ipynb #f63130ff
 class Completing:
     "Tells one answer of a completion, in as many pieces as there are calls."
     def __init__(self, body: CompletionRequest, tokenizer: Tokenizer, prompt=None):
@@ -822,20 +836,20 @@ class Completing:
 
     def told(self, out: RequestOutput, answer: CompletionOutput) -> dict:
         "The new part of a choice, in the shape of a whole one."
-        news, body, first = self.cursor.news(answer), self.body, self.offsets is None
+        new, body, first = self.cursor.unread(answer), self.body, self.offsets is None
         text, places = echoed(out, self.tokenizer) if first and body.echo else ('', [])
         if first:
             skip, before = body.skip_special_tokens is not False, out.prompt_token_ids
             self.offsets = Offsets(self.tokenizer, skip, before, len(text))
-        choice = {'text': text + news.text, 'logprobs': None, 'finish_reason': reason(news.end),
-                  'stop_reason': answer.stop_reason if news.end else None}
+        choice = {'text': text + new.text, 'logprobs': None, 'finish_reason': reason(new.end),
+                  'stop_reason': answer.stop_reason if new.end else None}
         if body.logprobs is not None:
-            ids, told = news.ids, answer.logprobs[news.first:]
+            ids, told = new.ids, answer.logprobs[new.first:]
             if places: ids, told = out.prompt_token_ids + ids, out.prompt_logprobs + told
             choice['logprobs'] = completion_logprobs(
-                ids, told, places + self.offsets(news.ids), self.tokenizer)
+                ids, told, places + self.offsets(new.ids), self.tokenizer)
         if body.return_token_ids:
-            choice['token_ids'] = news.ids
+            choice['token_ids'] = new.ids
             choice['prompt_token_ids'] = out.prompt_token_ids if first else None
         if body.prompt_logprobs is not None:
             choice['prompt_logprobs'] = prompt_logprobs(out.prompt_logprobs)
@@ -872,28 +886,28 @@ def message_of(choice: dict) -> dict: # of `Chatting.told`, for a whole answer
     if calls: message['tool_calls'] = calls
     return choice | {'message': message}
 
-# %% ../nbs/09b_protocol.ipynb #4b7db96b
+# %% ../nbs/09b_protocol.ipynb #ab0735b6
 class Chatting:
     "Tells one answer of a chat, in as many pieces as there are calls."
     def __init__(self, body: ChatRequest, tokenizer: Tokenizer, prompt: str):
         self.body, self.tokenizer, self.cursor, self.calls = body, tokenizer, Cursor(), Calls()
         tools, self.choice = body.offered()
         self.parser = make_parser(tools, self.choice, tokenizer.chat_template, prompt[-64:],
-                                  body.parallel_tool_calls is not False)
+                                  body.several)
 
     def told(self, out: RequestOutput, answer: CompletionOutput) -> dict:
         "The new part of a choice: a delta and what belongs to it."
-        news, body = self.cursor.news(answer), self.body
-        events = self.parser.add(news.text) + (self.parser.finish() if news.end else [])
+        new, body = self.cursor.unread(answer), self.body
+        events = self.parser.add(new.text) + (self.parser.finish() if new.end else [])
         choice = {'delta': self.calls.delta(events), 'logprobs': None,
-                  'finish_reason': reason(news.end),
-                  'stop_reason': answer.stop_reason if news.end else None}
-        if self.calls.ids and news.end == 'stop' and self.choice in ('auto', 'required'):
+                  'finish_reason': reason(new.end),
+                  'stop_reason': answer.stop_reason if new.end else None}
+        if self.calls.ids and new.end == 'stop' and self.choice in ('auto', 'required'):
             choice['finish_reason'] = 'tool_calls'    # 'stop' for a function by name, as OpenAI
-        if body.logprobs and (news.ids or news.end):
+        if body.logprobs and (new.ids or new.end):
             choice['logprobs'] = chat_logprobs(
-                news.ids, answer.logprobs[news.first:], body.top_logprobs or 0, self.tokenizer)
-        if body.return_token_ids: choice['token_ids'] = news.ids
+                new.ids, answer.logprobs[new.first:], body.top_logprobs or 0, self.tokenizer)
+        if body.return_token_ids: choice['token_ids'] = new.ids
         return choice
 
 # %% ../nbs/09b_protocol.ipynb #517c8a5f
@@ -1090,7 +1104,7 @@ ErrorDetail = shape_of('ErrorDetail', 'What went wrong.', message=str, type=str,
     param=str | None, code=str | None)
 ErrorResponse = shape_of('ErrorResponse', 'Every error of every path.', error=ErrorDetail)
 
-# %% ../nbs/09b_protocol.ipynb #f6e7dcca
+# %% ../nbs/09b_protocol.ipynb #fbb5942e
 REQUESTS = [CompletionRequest, ChatRequest, GenerateRequest, TokenizeRequest, DetokenizeRequest]
 RESPONSES = [Completion, ChatCompletion, ChatCompletionChunk, Generated, ModelCard, ModelList,
              Tokenized, Detokenized, TokenizerInfo, Version, Health, ErrorResponse]
@@ -1109,10 +1123,14 @@ def schemas(limits: Limits = DEFAULT_LIMITS) -> dict[str, dict]:
     _, document = models_json_schema(models, ref_template='#/components/schemas/{model}')
     return with_limits(document['$defs'], limits)
 
-def response_of(kind: type[BaseModel], *media: str) -> dict: # media: further types, as of a stream
+def response_of(kind: type[BaseModel]) -> dict:
     "`content` of a response, or of a request body."
-    schema = {'schema': {'$ref': f'#/components/schemas/{kind.__name__}'}}
-    return {name: schema for name in ('application/json', *media)}
+    return {'application/json': {'schema': {'$ref': f'#/components/schemas/{kind.__name__}'}}}
+
+def events_of(kind: type[BaseModel]) -> dict: # kind: of the chunks
+    "`content` of a stream."
+    about = f'server-sent events: `data` is a {kind.__name__} as JSON, and [DONE] at the end'
+    return {'text/event-stream': {'schema': {'description': about}}}
 
 def request_body(kind: type[Wire]) -> dict:
     "`requestBody` of a path."
