@@ -1,8 +1,9 @@
 """What does a long prompt cost those who are being answered, and what does the budget of a step change?
 
     python benchmarks/chunked.py                # prints rows and adds them to benchmarks/results/chunked.jsonl
+    python benchmarks/chunked.py --model qwen3-0.6b --budgets 128 256 512 1024 2048 4096      # on a card
 
-SmolLM2 on one engine. `long`: some requests are being answered when a prompt of 2048 tokens arrives; gaps are those of the
+One engine. `long`: some requests are being answered when a prompt of 2048 tokens arrives; gaps are those of the
 running answers until its first token. `short`: prompts of 24 tokens arrive together. Budgets (`max_num_batched_tokens`) come in turns, every round in another order, after a round that compiles.
 A row has the medians of its rounds; the worst gap is the median of the rounds' worst.
 """
@@ -17,10 +18,8 @@ from peers import RESULTS, write_row
 from tinygrad import Device
 from tinyvllm import bench
 from tinyvllm.engine import make_engine
-from tinyvllm.fusion import best_model
 from tinyvllm.measure import machine_name
 from tinyvllm.sampling import SamplingParams
-from tinyvllm.weights import resolve
 
 OUT = RESULTS / 'chunked.jsonl'
 BUDGETS = (32, 64, 128, 256, 512, 1024, 4096)    # the last one: no chunks
@@ -88,20 +87,21 @@ def rounds(scene: Scene, call, n: int, args, budgets) -> list[dict]:
 
 def main():
     args = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    args.add_argument('--model', default='smollm2', help='a name, a folder, a file, or the shape of one as for `tinyvllm bench decode`')
     args.add_argument('--rounds', type=int, default=3)
     args.add_argument('--running', type=int, default=4, help='answers on their way')
     args.add_argument('--short', type=int, default=32, help='prompts of 24 tokens')
     args.add_argument('--budgets', type=int, nargs='*', default=BUDGETS)
     args.add_argument('--what', nargs='*', default=['long', 'short'])
     args = args.parse_args()
-    model = best_model(resolve('smollm2'), 'auto')
+    model = bench.open_model(args.model)
     engine = make_engine(model, max_num_seqs=max(args.short, args.running + 1), max_model_len=4352 + LONG, num_blocks=700,
                          max_num_batched_tokens=max(args.budgets))
     scene = Scene(engine, bench.Workload(LONG, requests=64).prompts(model.config.vocab_size))
     cases = dict(long=(long, args.running), short=(short, args.short))
     for what in args.what:
         for row in rounds(scene, *cases[what], args, args.budgets):
-            row = dict(what=what, model='SmolLM2-135M', device=Device.DEFAULT, **row)
+            row = dict(what=what, model=args.model, device=Device.DEFAULT, **row)
             print(row)
             write_row(OUT, row | dict(machine=machine_name()))
 
