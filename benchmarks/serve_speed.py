@@ -6,16 +6,16 @@
 The trace is nano-vllm's, scaled (`trace.py`): all requests at the start, answered token by token over HTTP, each on a
 connection of its own. All sides get the same token ids, `ignore_eos` and as many slots; both servers stream to the
 same client, on the same machine, so its work is part of both numbers. Each side serves the trace once before, to
-compile. Rounds alternate the sides. A row holds, for each side, the medians over rounds of tokens per second,
-requests per second, and the percentiles of the time to the first token and between tokens; and the ratios. `others`
-is the share of the machine that other programs used meanwhile.
+compile. Rounds alternate the sides. A row holds, for each side, tokens and requests per second and the percentiles of
+the time to the first token and between tokens, all from its best round (what else runs on a machine only takes away),
+the tokens per second of every round under `runs`, and the ratios. `others` is the largest share of the machine that
+other programs used meanwhile.
 """
 import argparse
 import http.client
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -107,16 +107,6 @@ def sides(args, trace: Trace):
     return dict(engine=engine, server=ours) | ({'llama.cpp': theirs} if args.bin else {})
 
 
-def middle(rows: list[dict]) -> dict:
-    "The medians of what several rounds measured."
-    out = {}
-    for key, value in rows[0].items():
-        values = [row[key] for row in rows]
-        if isinstance(value, dict): out[key] = middle(values)
-        elif isinstance(value, (int, float)): out[key] = round(statistics.median(values), 3)
-    return out
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--bin', type=Path, help='where llama-server lies; none: it is left out')
@@ -132,15 +122,17 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, run in sides(args, trace).items():
             start = time.perf_counter()
-            row, _ = watched(run)
+            row, others = watched(run)
+            shares.append(others)
             runs.setdefault(name, []).append(row)
             print(f"{name}: {row['tok_s']:.1f} tok/s, first token {row['ttft_ms']}, between {row['between_ms']}, "
                   f'{time.perf_counter() - start:.0f} s', flush=True)
     keep = 'seconds', 'tok_s', 'ttft_ms', 'between_ms', 'end_to_end_ms'
-    table = {name: middle([{k: row[k] for k in keep} for row in rows]) for name, rows in runs.items()}
+    best = {name: max(rows, key=lambda row: row['tok_s']) for name, rows in runs.items()}
+    table = {name: {k: row[k] for k in keep} for name, row in best.items()}
     for side in table.values(): side['requests_s'] = round(trace.requests / side['seconds'], 3)
     row = dict(model=f'smollm2 {args.format}', slots=args.slots, scale=args.scale, requests=trace.requests,
-               rounds=args.rounds, sides=table, runs={n: [r['tok_s'] for r in rows] for n, rows in runs.items()},
+               rounds=args.rounds, others=round(max(shares), 3), sides=table, runs={n: [r['tok_s'] for r in rows] for n, rows in runs.items()},
                server_over_engine=round(table['server']['tok_s'] / table['engine']['tok_s'], 3))
     if 'llama.cpp' in table:
         row['server_over_llama_cpp'] = round(table['server']['tok_s'] / table['llama.cpp']['tok_s'], 3)

@@ -76,7 +76,8 @@ def free(engine, n=63):
 
 @pytest.mark.parametrize('template', [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__class__ }}", "{{ cycler.__init__.__globals__ }}",
-    "{% for i in range(10**9) %}x{% endfor %}", "{{ 'A' * 200000000 }}", "{{ 'A'|center(2000000000) }}"])
+    "{% for i in range(10**9) %}x{% endfor %}", "{{ 'A' * 200000000 }}", "{{ 'A'|center(2000000000) }}",
+    "{% set ns = namespace(a='a') %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}"])
 def test_templates_are_sandboxed_and_bounded(template):
     start = time.monotonic()
     with pytest.raises(BadInput): render_chat(template, HELLO)

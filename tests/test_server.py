@@ -3,7 +3,6 @@ import asyncio
 import http.client
 import json
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -93,6 +92,12 @@ def begin(server, path, body):
     return connection
 
 
+def begin_get(server, path):
+    connection = connect(server)
+    connection.request('GET', path)
+    return connection.getresponse()
+
+
 def chunks(response):
     "The events of a stream; the last is `[DONE]`."
     lines = [line[6:].strip() for line in response if line.startswith(b'data: ')]
@@ -151,6 +156,32 @@ def test_the_answer_is_the_engines(server, engine):
     assert len(reply['choices'][0]['token_ids']) == 9 == reply['usage']['completion_tokens']
     assert reply['usage']['prompt_tokens'] == 3 and chat['usage']['completion_tokens'] <= 5
     assert chat['choices'][0]['message']['role'] == 'assistant' and chat['object'] == 'chat.completion'
+
+
+def test_characters_are_never_split_and_stops_are_found_across_chunks(server):
+    pytest.importorskip('llguidance')
+    text = 'na\u00efve \U0001f469\u200d\U0001f680 text'    # a token is a byte: an astronaut is eleven of them
+    body = dict(prompt='a', max_tokens=60, structured_outputs=dict(choice=[text]))
+    for stop, said in ((None, text), ('ve \U0001f469', text[:3]), ('\U0001f680', text[:8]), ('\u00ef', 'na'), ('nowhere', text)):
+        asked = body | (dict(stop=[stop]) if stop else {})
+        parts = [c['text'] for part in stream(server, '/v1/completions', asked) for c in part['choices']]
+        assert ''.join(parts) == said == ask(server, '/v1/completions', asked)[2]['choices'][0]['text']
+        assert not any('\ufffd' in part for part in parts)
+
+
+def test_the_metrics_are_the_sum_of_the_usage(engine):
+    with serving(engine) as server:
+        bodies = [dict(prompt=[[n] * n, [n]], max_tokens=n, n=2, **GREEDY) for n in range(1, 7)]
+        usages = [ask(server, '/v1/completions', body)[2]['usage'] for body in bodies]
+        refused = [ask(server, '/v1/completions', dict(prompt=''))[0] for _ in range(3)]
+        line = begin_get(server, '/stats').readline()
+        told = json.loads(line.removeprefix(b'data: '))
+        assert told['generation_tokens'] == sum(u['completion_tokens'] for u in usages)
+        assert told['prompt_tokens'] == sum(u['prompt_tokens'] for u in usages)
+        assert refused == [400] * 3 and told['rejected']['invalid'] == 3
+        text = ask(server, '/metrics')[2].decode()
+        assert f"tinyvllm:generation_tokens_total{{model_name=\"model\"}} {told['generation_tokens']:.1f}" in text
+        assert 'cmpl' not in text
 
 
 def test_many_at_once_say_what_each_says_alone(server):

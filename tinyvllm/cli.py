@@ -166,7 +166,8 @@ def generate_options(p: Parser) -> None:
     p.add_argument('--max-num-seqs', type=int, metavar='N', help='batch: answers that run at once; default 256')
     p.add_argument('--num-blocks', type=int, metavar='N',
                    help='batch: blocks of 16 tokens for keys and values; default: as many as fit')
-    p.add_argument('--max-num-batched-tokens', type=int, metavar='N', help='batch: tokens of a step; default 512')
+    p.add_argument('--max-num-batched-tokens', type=int, metavar='N',
+                   help='batch: tokens of a step; default: 256 on a processor, 2048 on a CUDA card, else 512')
     model_options(p)
     sampling_options(p, max_tokens=64)
 
@@ -202,7 +203,8 @@ def serve_limits(p: Parser) -> None:
     p.add_argument('--max-model-len', type=int, metavar='N', help='longest prompt with its answer; default: the '
                    "model's context, or what the pool of blocks holds")
     p.add_argument('--max-num-seqs', type=int, metavar='N', help='answers that run at once; default 256')
-    p.add_argument('--max-num-batched-tokens', type=int, metavar='N', help='tokens of a step; default 512')
+    p.add_argument('--max-num-batched-tokens', type=int, metavar='N',
+                   help='tokens of a step; default: 256 on a processor, 2048 on a CUDA card, else 512')
     p.add_argument('--num-blocks', type=int, metavar='N',
                    help='blocks of 16 tokens for keys and values; default: as many as fit')
     p.add_argument('--max-queue', type=int, default=256, metavar='N',

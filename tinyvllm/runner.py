@@ -402,7 +402,7 @@ class Graphs:
             self.graphs[key] = Graph(Step(self, power_of_four(batch.steps, least=1), *key))
         return self.graphs[key]
 
-# %% ../nbs/07_tinyjit.ipynb #155c47a8
+# %% ../nbs/07_tinyjit.ipynb #f85b8a4f
 class Steering(Graphs):
     "Asks the controls of sequences what may be said."
     def proof(self, use, rows: int) -> Exception | None:
@@ -416,10 +416,11 @@ class Steering(Graphs):
     def order(self, seq: Sequence, rows: int) -> Order | Exception:
         "What holds for the next token, or why that cannot be said."
         try:
-            for use in getattr(seq.control, 'processors', ()):
+            for use in seq.control.processors:
                 if wrong := self.proof(use, rows): return wrong
-            listens, unknown = getattr(seq.control, 'listens', False), [-1] * seq.in_flight
-            said = heard(seq, self.before) if listens else seq.token_ids[seq.num_prompt:] + unknown
+            unknown = [-1] * seq.in_flight
+            said = (heard(seq, self.before) if seq.control.listens
+                    else seq.token_ids[seq.num_prompt:] + unknown)
             return ordered(seq.control, said)
         except Exception as error: return error
 
