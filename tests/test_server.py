@@ -3,6 +3,7 @@ import asyncio
 import http.client
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -462,6 +463,8 @@ def test_serve_as_a_process(folder, tmp_path):
         assert ask(server, '/v1/models')[0] == 401
         reply = ask(server, '/v1/models', Authorization='Bearer abc')
         assert [m['id'] for m in reply[2]['data']] == ['tiny', 'tiny:2']
+        said = ask(server, '/v1/completions', dict(prompt='a', max_tokens=1, model='tiny:2'), Authorization='Bearer abc')
+        assert re.fullmatch(r'[0-9.]+-[0-9a-f]{8}', said[2]['system_fingerprint'])
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0 and 'Traceback' not in process.stderr.read()
     finally:
