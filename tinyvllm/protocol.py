@@ -855,7 +855,7 @@ class Completing:
             choice['prompt_logprobs'] = prompt_logprobs(out.prompt_logprobs)
         return choice
 
-# %% ../nbs/09b_protocol.ipynb #4449122d
+# %% ../nbs/09b_protocol.ipynb #ac3117b6
 class Calls:
     "Joins the events of the parser into what a message says."
     def __init__(self): self.ids = {}    # index of a call -> its id
@@ -876,7 +876,7 @@ class Calls:
             else: call['function']['arguments'] += e.text
         return out | ({'tool_calls': list(calls.values())} if calls else {})
 
-def message_of(choice: dict) -> dict: # of `Chatting.told`, for a whole answer
+def message_of(choice: dict) -> dict: # what `Chatting` tells of a whole answer
     "A delta that has everything, as a message."
     delta = choice.pop('delta')
     calls = [{k: v for k, v in c.items() if k != 'index'} for c in delta.get('tool_calls', ())]
