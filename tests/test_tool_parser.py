@@ -227,7 +227,7 @@ def deep(n):
     [tool('é')], [tool('none')], [tool('a'), tool('a')], [tool(f'f{i}') for i in range(129)],
     [tool('a', parameters=[])], [tool('a', parameters='x')], [tool('a', parameters=False)],
     [tool('a', parameters={'type': 'string'})], [tool('a', parameters={'type': ['object']})],
-    [tool('a', parameters=deep(64))], [tool('a', parameters=deep(100_000))],
+    [tool('a', parameters=deep(65))], [tool('a', parameters=deep(100_000))],
     [tool('a', parameters={'description': 'x' * 65_536})]])
 def test_bad_tools(tools):
     with pytest.raises(BadInput) as error: check_tools(tools)
@@ -237,7 +237,7 @@ def test_bad_tools(tools):
 def test_good_tools():
     check_tools([tool(f'f_{i}-X') for i in range(128)], 'f_7-X')
     check_tools([tool('a', parameters=None), {'function': {'name': 'b'}}], 'required')
-    check_tools([tool('a', parameters=deep(62))], 'none')
+    check_tools([tool('a', parameters=deep(64))], 'none')
     with pytest.raises(BadInput, match='tool_choice'): check_tools(TOOLS, 'other')
 
 

@@ -23,7 +23,7 @@ __all__ = ['TYPES', 'DEFAULT_LIMITS', 'MOST', 'Unused', 'Word', 'Words', 'Stop',
            'GenerateReply', 'ChatReply', 'shape_of', 'with_limits', 'schemas', 'response_of', 'events_of',
            'request_body']
 
-# %% ../nbs/09b_protocol.ipynb #68dd3963
+# %% ../nbs/09b_protocol.ipynb #c3f5ce51
 import json
 import re
 import secrets
@@ -36,12 +36,13 @@ from pydantic import (
     create_model)
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError, core_schema, from_json
+from .control import depth
 from .engine import CompletionOutput, Logprob, RequestOutput
 from .errors import BadInput
 from .sampling import SamplingParams, StructuredOutputs
 from .tokenizer import Tokenizer
 from .tool_parser import (
-    Event, check_tools, depth, make_parser, tool_grammar, tools_in_messages)
+    Event, check_tools, make_parser, tool_grammar, tools_in_messages)
 
 # %% ../nbs/09b_protocol.ipynb #f06791d3
 TYPES = {401: 'authentication_error', 403: 'permission_error', 404: 'not_found_error',
@@ -168,7 +169,7 @@ class AtMost:
 
 MOST = {'integer': 'maximum', 'string': 'maxLength', 'array': 'maxItems', 'object': 'maxProperties'}
 
-# %% ../nbs/09b_protocol.ipynb #235f06f9
+# %% ../nbs/09b_protocol.ipynb #346f999b
 class SmallJSON:
     "Bounds parsed JSON in bytes and depth; infinite numbers are not JSON."
     @staticmethod
@@ -181,7 +182,7 @@ class SmallJSON:
         if size > limits.max_schema_bytes:
             raise PydanticCustomError('limit', '{size} bytes are above the limit of {most}',
                                       {'size': size, 'most': limits.max_schema_bytes})
-        if depth(value, limits.max_schema_depth) > limits.max_schema_depth:
+        if depth(value) > limits.max_schema_depth:
             raise PydanticCustomError('limit', 'nests deeper than the limit of {most}',
                                       {'most': limits.max_schema_depth})
         return value
