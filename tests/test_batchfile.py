@@ -14,7 +14,7 @@ from test_cli import in_process
 
 from tinyvllm.batchfile import HELD, BatchRun, as_line, run_batch
 from tinyvllm.blocks import BlockManager
-from tinyvllm.engine import LLMEngine
+from tinyvllm.engine import EngineCore, LLMEngine
 from tinyvllm.errors import BadInput
 from tinyvllm.llama import model_config
 from tinyvllm.sampling import Sampled, SamplingParams
@@ -39,7 +39,7 @@ def load(folder):  # noqa: F811
     "A function that makes an engine."
     tokenizer, config = load_tokenizer(folder), model_config(tiny_checkpoint(seed=0)[0])
     return lambda run=runner, seqs=2, blocks=40: LLMEngine(
-        Scheduler(BlockManager(blocks), seqs, 16), run, config, tokenizer)
+        EngineCore(Scheduler(BlockManager(blocks), seqs, 16), run), config, tokenizer)
 
 
 def written(path, *lines):
