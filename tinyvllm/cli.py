@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinyvllm import __version__
 from tinyvllm.errors import BadInput
-from tinyvllm.top import EXAMPLES as TOP_EXAMPLES, top, top_options
+from tinyvllm.top import EXAMPLES as TOP_EXAMPLES, secret, top, top_options
 
 # Modules that import tinygrad are imported inside the commands: `--device` must be settled first,
 # and `--help` must not take a second.
@@ -532,11 +532,7 @@ def api_keys(args) -> list[str]:
     "From the options, the environment and the file; raises `BadInput`."
     keys = [*args.api_key, *filter(None, [os.environ.get('TINYVLLM_API_KEY')])]
     if args.api_key_file:
-        try:
-            lines = Path(args.api_key_file).read_text(encoding='utf-8').splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
-            raise BadInput(f'cannot read the keys in {args.api_key_file}: {why}') from None
+        lines = secret(args.api_key_file, 'keys').splitlines()
         found = [line.partition('#')[0].strip() for line in lines]
         if not any(found):
             raise BadInput(f'{args.api_key_file} holds no key; write one a line')

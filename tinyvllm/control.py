@@ -32,7 +32,7 @@ __all__ = ['MISSING', 'MAX_TEXT', 'MAX_DEPTH', 'PATIENCE', 'SPACE', 'TRIAL', 'PR
            'register', 'load_processors', 'Use', 'applied', 'Control', 'check_ids', 'check_form', 'make_control',
            'fill_steering', 'steer', 'plugged', 'prove']
 
-# %% ../nbs/10d_control.ipynb #8e5dc49a
+# %% ../nbs/10d_control.ipynb #0f14cbe3
 class Order(NamedTuple):
     "What holds for the next token of one sequence."
     mask: np.ndarray | None = None             # (ceil(V / 32),) int32, a bit for each token
@@ -59,8 +59,7 @@ def ordered(
     said: list[int], # the answer so far; -1 for a token that is not known yet
 ) -> Order:
     "What holds for the next token."
-    numbers = {use.processor.name: use.numbers(said)
-               for use in control.processors}
+    numbers = {use.processor.name: use.numbers(said) for use in control.processors}
     return Order(control.mask(said), control.edits(said), numbers)
 
 # %% ../nbs/10d_control.ipynb #958a6ff1

@@ -829,17 +829,19 @@ def echoed(
     offsets = Offsets(tokenizer, False, [], 0)
     return text, [0] + offsets(ids[1:]) if added else offsets(ids)
 
-# %% ../nbs/09b_protocol.ipynb #f63130ff
+# %% ../nbs/09b_protocol.ipynb #554c0272
 class Completing:
     "Tells one answer of a completion, in as many pieces as there are calls."
     def __init__(self, body: CompletionRequest, tokenizer: Tokenizer, prompt=None):
-        self.body, self.tokenizer, self.cursor, self.offsets = body, tokenizer, Cursor(), None
+        self.body, self.tokenizer, self.cursor = body, tokenizer, Cursor()
+        self.offsets, self.begun = None, False
 
     def told(self, out: RequestOutput, answer: CompletionOutput) -> dict:
         "The new part of a choice, in the shape of a whole one."
-        new, body, first = self.cursor.unread(answer), self.body, self.offsets is None
+        new, body = self.cursor.unread(answer), self.body
+        first, self.begun = not self.begun, True
         text, places = echoed(out, self.tokenizer) if first and body.echo else ('', [])
-        if first:
+        if first and body.logprobs is not None:
             skip, before = body.skip_special_tokens is not False, out.prompt_token_ids
             self.offsets = Offsets(self.tokenizer, skip, before, len(text))
         choice = {'text': text + new.text, 'logprobs': None, 'finish_reason': reason(new.end),
@@ -856,7 +858,7 @@ class Completing:
             choice['prompt_logprobs'] = prompt_logprobs(out.prompt_logprobs)
         return choice
 
-# %% ../nbs/09b_protocol.ipynb #ac3117b6
+# %% ../nbs/09b_protocol.ipynb #1fed806e
 class Calls:
     "Joins the events of the parser into what a message says."
     def __init__(self): self.ids = {}    # index of a call -> its id
@@ -866,7 +868,7 @@ class Calls:
         out, calls = {}, {}
         for e in events:
             if e.kind in ('content', 'reasoning'):
-                key = {'reasoning': 'reasoning_content'}.get(e.kind, 'content')
+                key = 'content' if e.kind == 'content' else 'reasoning_content'
                 out[key] = out.get(key, '') + e.text
                 continue
             call = calls.setdefault(e.index, {'index': e.index, 'function': {'arguments': ''}})
@@ -911,19 +913,19 @@ class Chatting:
         if body.return_token_ids: choice['token_ids'] = new.ids
         return choice
 
-# %% ../nbs/09b_protocol.ipynb #517c8a5f
+# %% ../nbs/09b_protocol.ipynb #5e4def44
 def usage_of(outs: Iterable[RequestOutput]) -> dict:
     "Tokens of the prompts (each once), and of all answers."
     outs = list(outs)
     asked = sum(len(out.prompt_token_ids) for out in outs)
     said = sum(len(answer.token_ids) for out in outs for answer in out.outputs)
-    cached = sum(getattr(out, 'num_cached_tokens', 0) for out in outs)
+    cached = sum(out.num_cached_tokens for out in outs)
     return {'prompt_tokens': asked, 'completion_tokens': said, 'total_tokens': asked + said,
             'prompt_tokens_details': {'cached_tokens': cached}}
 
 class Reply:
     "Turns the outputs of a request into what goes over the wire, whole or in chunks."
-    prefix, whole, part, teller = '', '', '', Completing
+    prefix, part, teller = '', '', Completing
 
     def __init__(self,
         body: AnswerRequest, # what was asked
@@ -973,10 +975,10 @@ class StreamedReply(Reply):
         if not (self.body.stream_options and self.body.stream_options.include_usage): return []
         return [self.chunk([]) | {'usage': usage_of(self.outs.values())}]
 
-# %% ../nbs/09b_protocol.ipynb #dcee479e
+# %% ../nbs/09b_protocol.ipynb #aa29db2a
 class CompletionReply(StreamedReply):
     "The reply to a `CompletionRequest`."
-    prefix, whole, part = 'cmpl-', 'text_completion', 'text_completion'
+    prefix, part = 'cmpl-', 'text_completion'
 
     def plain(self, outs: list[RequestOutput]) -> dict:
         "All at once: the one and only piece of each choice."
@@ -1001,11 +1003,10 @@ class GenerateReply(CompletionReply):
                 'finish_reasons': [c['finish_reason'] for c in choices],
                 'logprobs': [c['logprobs'] for c in choices], 'usage': usage_of(outs)}
 
-# %% ../nbs/09b_protocol.ipynb #72518bd6
+# %% ../nbs/09b_protocol.ipynb #572442b0
 class ChatReply(StreamedReply):
     "The reply to a `ChatRequest`."
-    prefix, whole, part = 'chatcmpl-', 'chat.completion', 'chat.completion.chunk'
-    teller = Chatting
+    prefix, part, teller = 'chatcmpl-', 'chat.completion.chunk', Chatting
 
     def add(self, i: int, out: RequestOutput) -> list[dict]:
         "The first chunk of an answer says who speaks."
@@ -1027,7 +1028,8 @@ class ChatReply(StreamedReply):
     def plain(self, outs: list[RequestOutput]) -> dict:
         "All at once."
         choices = [message_of(c) for i, out in enumerate(outs) for c in self.choices(i, out)]
-        reply = self.head | {'object': self.whole, 'choices': choices, 'usage': usage_of(outs)}
+        reply = self.head | {'object': 'chat.completion', 'choices': choices,
+                             'usage': usage_of(outs)}
         if self.body.return_token_ids: reply['prompt_token_ids'] = outs[0].prompt_token_ids
         if self.body.prompt_logprobs is None: return reply
         return reply | {'prompt_logprobs': prompt_logprobs(outs[0].prompt_logprobs)}

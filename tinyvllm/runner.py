@@ -402,7 +402,7 @@ class Graphs:
             self.graphs[key] = Graph(Step(self, power_of_four(batch.steps, least=1), *key))
         return self.graphs[key]
 
-# %% ../nbs/07_tinyjit.ipynb #f85b8a4f
+# %% ../nbs/07_tinyjit.ipynb #f21d81d2
 class Steering(Graphs):
     "Asks the controls of sequences what may be said."
     def proof(self, use, rows: int) -> Exception | None:
@@ -418,9 +418,8 @@ class Steering(Graphs):
         try:
             for use in seq.control.processors:
                 if wrong := self.proof(use, rows): return wrong
-            unknown = [-1] * seq.in_flight
-            said = (heard(seq, self.before) if seq.control.listens
-                    else seq.token_ids[seq.num_prompt:] + unknown)
+            if seq.control.listens: said = heard(seq, self.before)
+            else: said = seq.token_ids[seq.num_prompt:] + [-1] * seq.in_flight    # not known yet
             return ordered(seq.control, said)
         except Exception as error: return error
 

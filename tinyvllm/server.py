@@ -39,7 +39,7 @@ __all__ = ['logger', 'access', 'HEADERS', 'OPEN', 'REASONS', 'router', 'ServerAr
            'openapi_document', 'make_app', 'listen', 'address', 'in_thread', 'LoadingServer', 'Server', 'serving',
            'model_hash', 'fit_context', 'dismiss_compilers', 'load_service', 'run_server']
 
-# %% ../nbs/09_server.ipynb #126ec2a6
+# %% ../nbs/09_server.ipynb #fd118e21
 import uvicorn
 from tinygrad.engine import worker
 from tinygrad.helpers import PARALLEL
@@ -57,12 +57,12 @@ from .control import load_processors
 from .device import allow_threads
 from .errors import BadInput
 from .metrics import Metrics, metered
-from tinyvllm.protocol import (DONE, PING, REPLIES, APIError, ChatCompletion, ChatRequest,
+from .protocol import (DONE, PING, REPLIES, APIError, ChatCompletion, ChatRequest,
     ChatCompletionChunk, Completion, CompletionChoice, CompletionRequest, Detokenized,
     DetokenizeRequest, ErrorResponse, Generated, GenerateRequest, Health, Limits, ModelCard,
     ModelList, Tokenized, TokenizerInfo, TokenizeRequest, Version, api_error, bad_key, check_model,
-    dump, events_of, read_request, request_body, response_of, schemas, sse, too_busy, too_large,
-    unavailable)
+    dump, events_of, read_request, request_body, response_of, schemas,
+    sse, too_busy, too_large, unavailable)
 from .sampling import SamplingParams
 from .weights import resolve
 
@@ -468,7 +468,7 @@ async def answer(request: Request, kind: type) -> Response:
         if body.stream: return EventStream(events(answers, reply), stack.pop_all().close)
         return json_reply(reply.plain(await unless_gone(request, answers.all())))
 
-# %% ../nbs/09_server.ipynb #80ca3dbf
+# %% ../nbs/09_server.ipynb #5f09263d
 router = APIRouter()
 
 def document(
@@ -485,6 +485,7 @@ def document(
                  for status, c in told.items()}
     return dict(openapi_extra={'requestBody': request_body(kind)} if kind else {},
                 response_class=Response, responses=responses)
+
 @router.post('/v1/completions', **document(Completion, CompletionRequest, Completion))
 async def completions(request: Request): return await answer(request, CompletionRequest)
 
@@ -516,7 +517,7 @@ async def detokenize(request: Request):
     return await in_turn(request, DetokenizeRequest, lambda service, body: body.reply(
         service.tokenizer))
 
-# %% ../nbs/09_server.ipynb #b2018d80
+# %% ../nbs/09_server.ipynb #96677f61
 def model_card(service: Service, name: str) -> dict:
     "What `/v1/models` says about the one model, under one of its names."
     return {'id': name, 'object': 'model', 'created': service.created, 'owned_by': 'tinyvllm',
@@ -524,18 +525,21 @@ def model_card(service: Service, name: str) -> dict:
 
 @router.get('/v1/models', **document(ModelList))
 async def models(request: Request):
+    "The one model, under each of its names."
     service = opened(request)
     cards = [model_card(service, name) for name in service.args.names]
     return json_reply({'object': 'list', 'data': cards})
 
 @router.get('/v1/models/{name:path}', **document(ModelCard, wrong=(401, 404, 500, 503)))
 async def model(request: Request, name: str):
+    "The model, under one of its names."
     service = opened(request)
     check_model(name, service.args.names)
     return json_reply(model_card(service, name))
 
 @router.get('/tokenizer_info', **document(TokenizerInfo))
 async def tokenizer_info(request: Request):
+    "Special tokens and the chat template."
     service = opened(request)
     t = service.tokenizer
     def spelled(i): return None if i is None else t.piece(i).decode(errors='replace')
@@ -723,7 +727,7 @@ def fit_context(engine: LLMEngine) -> int: # tokens
         engine.config = replace(engine.config, max_position_embeddings=room)
     return engine.config.max_position_embeddings
 
-# %% ../nbs/09_server.ipynb #81430697
+# %% ../nbs/09_server.ipynb #fc13cb44
 def dismiss_compilers() -> None:
     "End tinygrad's pool of compilers: a signal to the whole group would kill them, and it waits."
     worker.terminate_worker_pool()
@@ -734,8 +738,9 @@ def load_service(service: Service, model: str, options: dict, warm: bool = True)
     start = monotonic()
     allow_threads()
     load_processors(service.args.processors)
-    service.fingerprint = f'{__version__}-{model_hash(resolve(model))}'
-    engine = load_engine(model, **options)
+    path = resolve(model)
+    service.fingerprint = f'{__version__}-{model_hash(path)}'
+    engine = load_engine(path, **options)
     context = fit_context(engine)
     service.closed = 'the model is warming up'
     if warm: warm_up(engine)

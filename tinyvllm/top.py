@@ -51,14 +51,19 @@ def api_key(path: str | None) -> str | None:
     "The first line of a file, or the environment's; raises `BadInput`."
     if path is None:
         return os.environ.get('TINYVLLM_API_KEY')
-    try:
-        key = Path(path).read_text(encoding='utf-8').partition('\n')[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
-        raise BadInput(f'cannot read the key in {path}: {why}') from None
+    key = secret(path, 'key').partition('\n')[0].strip()
     if not key or not key.isascii() or not key.isprintable():
         raise BadInput(f'the first line of {path} is no key')
     return key
+
+
+def secret(path: str, what: str) -> str:
+    "The text of a file; raises `BadInput` that says what was wanted of it."
+    try:
+        return Path(path).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, 'strerror', None) or 'it is not UTF-8 text'
+        raise BadInput(f'cannot read the {what} in {path}: {why}') from None
 
 
 # --- asking ------------------------------------------------------------------------------------------------
