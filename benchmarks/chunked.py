@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from peers import RESULTS, write_row
 from tinygrad import Device
-from tinyvllm import bench
-from tinyvllm.engine import make_engine
+from tinyvllm.cli.main import bench
+from tinyvllm.engine.llm import make_engine
 from tinyvllm.measure import machine_name
-from tinyvllm.sampling import SamplingParams
+from tinyvllm.sampling.params import SamplingParams
 
 OUT = RESULTS / 'chunked.jsonl'
 BUDGETS = (32, 64, 128, 256, 512, 1024, 4096)    # the last one: no chunks

@@ -21,13 +21,13 @@ import numpy as np
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from peers import RESULTS, write_row
 from tinygrad import Device, Tensor
-from tinyvllm.control import grammar_of, grammars_of, make_control, packed, run_trial, steer, unpacked
-from tinyvllm.engine import LLM
+from tinyvllm.sampling.logits_processors import grammar_of, grammars_of, make_control, packed, run_trial, steer, unpacked
+from tinyvllm.engine.llm import LLM
 from tinyvllm.measure import machine_name
-from tinyvllm.runner import captured
-from tinyvllm.sampling import SamplingParams, StructuredOutputs
-from tinyvllm.tokenizer import load_tokenizer
-from tinyvllm.weights import resolve
+from tinyvllm.runner.jit import captured
+from tinyvllm.sampling.params import SamplingParams, StructuredOutputs
+from tinyvllm.models.tokenizer import load_tokenizer
+from tinyvllm.models.weights import resolve
 
 OUT = RESULTS / 'control.jsonl'
 PERSON = {'type': 'object', 'properties': {'name': {'type': 'string'}, 'age': {'type': 'integer'}, 'tags': {

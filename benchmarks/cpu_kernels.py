@@ -20,15 +20,15 @@ import tinyvllm  # noqa: F401  picks the compiler before tinygrad looks
 import numpy as np
 import psutil
 from tinygrad import Tensor, TinyJit, dtypes
-from tinyvllm.cpu import attend, cpu_attend, kv_write, matmul, matvec
+from tinyvllm.kernels.cpu import attend, cpu_attend, kv_write, matmul, matvec
 from tinyvllm.device import compiler_name
-from tinyvllm.engine import make_engine
-from tinyvllm.llama import load_model
+from tinyvllm.engine.llm import make_engine
+from tinyvllm.models.llama import load_model
 from tinyvllm.measure import commit, machine_name, synchronize, timed
-from tinyvllm.metal import Kernel
-from tinyvllm.paged import PagedBatch, paged_attend, stored
-from tinyvllm.sampling import SamplingParams
-from tinyvllm.weights import resolve
+from tinyvllm.kernels.metal import Kernel
+from tinyvllm.kv_cache.paged import PagedBatch, paged_attend, stored
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.models.weights import resolve
 
 OUT = Path(__file__).parent / 'results' / 'cpu_kernels.jsonl'
 TYPES = {'float32': dtypes.float, 'float16': dtypes.half}

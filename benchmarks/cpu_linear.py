@@ -27,11 +27,11 @@ os.environ['DEV'] = 'CPU'
 import tinyvllm  # noqa: F401  picks the compiler before tinygrad looks
 import numpy as np
 from tinygrad import Tensor, dtypes
-from tinyvllm import cpu_linear as module
+from tinyvllm.kernels import linear_cpu as module
 from tinyvllm.device import compiler_name
 from tinyvllm.measure import commit, machine_name
-from tinyvllm.metal import Kernel
-from tinyvllm.quant import Packed, format_of
+from tinyvllm.kernels.metal import Kernel
+from tinyvllm.quant.pack import Packed, format_of
 
 OUT = Path(__file__).parent / 'results' / 'cpu_linear.jsonl'
 TOTAL, SLICE = 2**27, 2**22        # bytes: all copies of a case, and what is timed at once of memory

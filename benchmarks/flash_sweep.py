@@ -18,9 +18,9 @@ os.environ.setdefault('DEV', 'CUDA')
 import tinyvllm  # noqa: E402,F401  picks device and compiler before tinygrad looks
 import numpy as np  # noqa: E402
 from tinygrad import Device, Tensor, TinyJit, dtypes  # noqa: E402
-from tinyvllm.doctor import Chunks, REAL, run_case  # noqa: E402
+from tinyvllm.cli.doctor import Chunks, REAL, run_case  # noqa: E402
 from tinyvllm.errors import BadInput  # noqa: E402
-from tinyvllm.flash import FLASH_MATRIX, FLASH_TILED, TILES, flash  # noqa: E402
+from tinyvllm.kernels.flash import FLASH_MATRIX, FLASH_TILED, TILES, flash  # noqa: E402
 from tinyvllm.measure import commit, machine_name, timed  # noqa: E402
 
 OUT = Path(__file__).parent / 'results' / 'kernels.jsonl'

@@ -29,12 +29,12 @@ import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 import numpy as np
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import Context, diskcache_get, diskcache_put
-from tinyvllm import metal
-from tinyvllm.doctor import repeated, simulated
-from tinyvllm.gpu_linear import gpu_embed, gpu_linear, gpu_swiglu
+from tinyvllm.kernels import metal
+from tinyvllm.cli.doctor import repeated, simulated
+from tinyvllm.kernels.linear_gpu import gpu_embed, gpu_linear, gpu_swiglu
 from tinyvllm.measure import commit, machine_name
-from tinyvllm.quant import Packed, format_of
-from tinyvllm.runner import use_graph
+from tinyvllm.quant.pack import Packed, format_of
+from tinyvllm.runner.jit import use_graph
 from kernels import ROUNDS, Chain, TorchChain, copies, forget, race, random, reason, share_context, torch, FULL
 
 OUT = Path(__file__).parent / 'results' / 'gpu_linear.jsonl'

@@ -26,12 +26,15 @@ from pathlib import Path
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from peers import RESULTS, write_row
-from tinyvllm import bench, engine, runner, scheduler
-from tinyvllm.fusion import fused
-from tinyvllm.llama import Llama, model_config
+from tinyvllm.cli.main import bench
+from tinyvllm.engine import llm as engine
+from tinyvllm.runner import jit as runner
+from tinyvllm.core import scheduler
+from tinyvllm.models.fused import fused
+from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import commit, machine_name
-from tinyvllm.sampling import Sampled, SamplingParams
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.models.weights import tiny_checkpoint
 
 OUT, HERE = RESULTS / 'host.jsonl', Path(__file__).resolve().parents[1]
 SEQS, STEPS, TOKENS = (1, 8, 32, 128), (1, 8), 100
@@ -72,8 +75,8 @@ def clocked():
     clock.wrap(runner.AsyncScheduler, 'schedule', 'schedule')
     for name in 'fill_places', 'fill_tokens', 'fill_wishes':
         clock.wrap(runner, name, 'fill')
-    if hasattr(tinyvllm, 'host') and hasattr(tinyvllm.host, 'Page'):
-        clock.wrap(tinyvllm.host.Page, 'fill', 'fill')
+    if hasattr(tinyvllm, 'host') and hasattr(tinyvllm.runner.inputs, 'Page'):
+        clock.wrap(tinyvllm.runner.inputs.Page, 'fill', 'fill')
     clock.wrap(runner.JitRunner, '__call__', 'launch')
     clock.wrap(runner.CPUGraph, '__call__', 'device')
     clock.wrap(runner.Mail, 'read', 'read')

@@ -14,9 +14,9 @@ from importlib.metadata import version
 
 import jsonschema
 from peers import RESULTS, write_row
-from tinyvllm.engine import LLM
+from tinyvllm.engine.llm import LLM
 from tinyvllm.measure import machine_name
-from tinyvllm.sampling import SamplingParams, StructuredOutputs
+from tinyvllm.sampling.params import SamplingParams, StructuredOutputs
 from tinygrad import Device
 
 OUT = RESULTS / 'control.jsonl'

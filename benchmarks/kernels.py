@@ -30,10 +30,12 @@ import numpy as np
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.engine.realize import graph_cache
 from tinygrad.helpers import Context
-from tinyvllm import flash, simd, softmax
-from tinyvllm.doctor import repeated, simulated
+from tinyvllm.kernels import flash
+from tinyvllm.kernels import simd
+from tinyvllm.kernels import softmax
+from tinyvllm.cli.doctor import repeated, simulated
 from tinyvllm.measure import commit, counting, machine_name
-from tinyvllm.paged import PagedBatch, free_memory, paged_attend
+from tinyvllm.kv_cache.paged import PagedBatch, free_memory, paged_attend
 
 try:
     import torch

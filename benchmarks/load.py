@@ -25,7 +25,7 @@ from pathlib import Path
 import tinyvllm  # picks device and compiler before tinygrad looks
 from tinygrad import Device, Tensor, dtypes
 from tinyvllm.measure import commit, machine_name, peak_memory
-from tinyvllm.weights import open_checkpoint, resolve, save_safetensors
+from tinyvllm.models.weights import open_checkpoint, resolve, save_safetensors
 
 OUT = Path(__file__).parent / 'results' / 'load.jsonl'
 RUNS, POINTS = 3, 60

@@ -15,14 +15,14 @@ from bisect import bisect_left
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from peers import RESULTS, write_row
-from tinyvllm import bench
-from tinyvllm.engine import EngineCore, StatLogger, make_engine
-from tinyvllm.fusion import best_model, fused
-from tinyvllm.llama import Llama, model_config
+from tinyvllm.cli.main import bench
+from tinyvllm.engine.llm import EngineCore, StatLogger, make_engine
+from tinyvllm.models.fused import best_model, fused
+from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import machine_name
-from tinyvllm.metrics import SECONDS, MeteredCore, Metrics, StepStats, metered
-from tinyvllm.scheduler import Batch, Sequence, WaitingQueue
-from tinyvllm.weights import resolve, tiny_checkpoint
+from tinyvllm.server.metrics import SECONDS, MeteredCore, Metrics, StepStats, metered
+from tinyvllm.core.scheduler import Batch, Sequence, WaitingQueue
+from tinyvllm.models.weights import resolve, tiny_checkpoint
 
 OUT, SEQS = RESULTS / 'metrics.jsonl', (1, 8, 32)
 TINY = dict(seed=3, max_position_embeddings=1024, num_hidden_layers=1, hidden_size=32)

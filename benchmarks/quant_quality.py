@@ -21,12 +21,12 @@ os.environ['DEV'] = 'CPU'
 import tinyvllm  # noqa: F401  picks the compiler before tinygrad looks
 import numpy as np
 from tinygrad import Tensor
-from tinyvllm import quant as Q
-from tinyvllm.cpu import cpu_attend, matmul
-from tinyvllm.llama import Linear, Llama
+from tinyvllm.quant import pack as Q
+from tinyvllm.kernels.cpu import cpu_attend, matmul
+from tinyvllm.models.llama import Linear, Llama
 from tinyvllm.measure import commit
-from tinyvllm.tokenizer import load_tokenizer
-from tinyvllm.weights import open_checkpoint, resolve
+from tinyvllm.models.tokenizer import load_tokenizer
+from tinyvllm.models.weights import open_checkpoint, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / 'benchmarks' / 'results' / 'quant.jsonl'

@@ -19,25 +19,25 @@ from importlib.metadata import version
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from peers import RESULTS, write_row
 from tinygrad import Device
-from tinyvllm.blocks import BlockManager
-from tinyvllm.engine import make_engine
-from tinyvllm.flash import best_attend
-from tinyvllm.fusion import best_model, fused_cache
+from tinyvllm.core.blocks import BlockManager
+from tinyvllm.engine.llm import make_engine
+from tinyvllm.kernels.flash import best_attend
+from tinyvllm.models.fused import best_model, fused_cache
 from tinyvllm.measure import counting, machine_name
-from tinyvllm.paged import EagerRunner
-from tinyvllm.runner import CPUGraph
-from tinyvllm.sampling import SamplingParams
-from tinyvllm.scheduler import Scheduler
-from tinyvllm.weights import resolve
+from tinyvllm.kv_cache.paged import EagerRunner
+from tinyvllm.runner.jit import CPUGraph
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.core.scheduler import Scheduler
+from tinyvllm.models.weights import resolve
 
 OUT = RESULTS / 'runner.jsonl'
 STEPS, WARMUP, CONTEXT = 24, 4, 64
 START = '''
 import time
 start = time.perf_counter()
-from tinyvllm.engine import LLM
+from tinyvllm.engine.llm import LLM
 from tinyvllm.measure import counting
-from tinyvllm.sampling import SamplingParams
+from tinyvllm.sampling.params import SamplingParams
 with counting() as c: LLM('smollm2', num_blocks=64).generate('Hello', SamplingParams(max_tokens=8, temperature=0))
 print(time.perf_counter() - start, c.compiled)'''
 

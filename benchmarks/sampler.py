@@ -16,13 +16,13 @@ import numpy as np
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from peers import RESULTS, write_row
 from tinygrad import Device, Tensor
-from tinyvllm.llama import InputBatch, NoCache, dense_attend, load_model
+from tinyvllm.models.llama import InputBatch, NoCache, dense_attend, load_model
 from tinyvllm.measure import machine_name
-from tinyvllm.runner import captured
-from tinyvllm.sampler import likeliest, sample, wishes
-from tinyvllm.sampling import Sampler, SamplingParams, uniform
-from tinyvllm.tokenizer import load_tokenizer
-from tinyvllm.weights import resolve
+from tinyvllm.runner.jit import captured
+from tinyvllm.kernels.sampler import likeliest, sample, wishes
+from tinyvllm.sampling.params import Sampler, SamplingParams, uniform
+from tinyvllm.models.tokenizer import load_tokenizer
+from tinyvllm.models.weights import resolve
 
 OUT = RESULTS / 'sampler.jsonl'
 SETTINGS = {'greedy': dict(temperature=0), 'temperature 1': dict(), 'min-p 0.05': dict(min_p=0.05),

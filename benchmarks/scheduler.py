@@ -14,10 +14,10 @@ import time
 from datetime import date
 from pathlib import Path
 
-from tinyvllm.blocks import BlockManager
+from tinyvllm.core.blocks import BlockManager
 from tinyvllm.measure import commit, machine_name
-from tinyvllm.sampling import Sampled, SamplingParams
-from tinyvllm.scheduler import Scheduler, Sequence
+from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.core.scheduler import Scheduler, Sequence
 
 OUT = Path(__file__).parent / 'results' / 'scheduler.jsonl'
 CASES = [(1, 0), (16, 0), (64, 0), (256, 0), (256, 1000)]    # running, waiting

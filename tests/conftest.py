@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     "A tiny model in Hugging Face layout, with a tokenizer that has a chat template."
-    from tinyvllm.weights import save_safetensors, tiny_checkpoint
+    from tinyvllm.models.weights import save_safetensors, tiny_checkpoint
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     folder = tmp_path_factory.mktemp('tiny')
     save_safetensors(folder, *tiny_checkpoint(seed=0))

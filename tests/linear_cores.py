@@ -10,8 +10,8 @@ import numpy as np
 from tensor_cores import PLAYED
 from tinygrad import Tensor
 
-from tinyvllm.gpu_linear import ATTRIBUTES, TENSOR, kernel_of
-from tinyvllm.metal import Kernel
+from tinyvllm.kernels.linear_gpu import ATTRIBUTES, TENSOR, kernel_of
+from tinyvllm.kernels.metal import Kernel
 
 COPIES = '''
 struct Copy { threadgroup half* to; device const half* from; bool real; int group; };

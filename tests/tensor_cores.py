@@ -5,8 +5,8 @@ that the PTX manual documents. Copies by `fetch` happen when `fetched` waits for
 """
 import re
 
-from tinyvllm import flash
-from tinyvllm.metal import Kernel
+from tinyvllm.kernels import flash
+from tinyvllm.kernels.metal import Kernel
 
 PLAYED = '''
 #define fmaxf max

@@ -18,8 +18,8 @@ pytest.importorskip('uvicorn')
 
 import tinyvllm  # noqa: E402
 from tinyvllm import LLM, BadInput  # noqa: E402
-from tinyvllm.server import OPEN, Keys, Limits, Service, ServerArgs, make_app, router, serving  # noqa: E402
-from tinyvllm.tokenizer import render_chat  # noqa: E402
+from tinyvllm.server.app import OPEN, Keys, Limits, Service, ServerArgs, make_app, router, serving  # noqa: E402
+from tinyvllm.models.tokenizer import render_chat  # noqa: E402
 
 PATIENCE = 60
 CHAT, COMPLETE = '/v1/chat/completions', '/v1/completions'
@@ -285,7 +285,7 @@ def test_all_paths_but_two_are_closed(engine):
 
 def test_keys_are_compared_in_constant_time(monkeypatch):
     compared = []
-    monkeypatch.setattr('tinyvllm.server.compare_digest', lambda a, b: compared.append((a, b)) or a == b)
+    monkeypatch.setattr('tinyvllm.server.app.compare_digest', lambda a, b: compared.append((a, b)) or a == b)
     assert Keys(['a', 'b', 'c']).known('Bearer a') and len(compared) == 3    # all of them, found or not
     assert all(len(a) == len(b) == 32 for a, b in compared)                  # digests, not keys
 

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tinyvllm import bench
-from tinyvllm.bench import (Load, Run, Trace, layer_kernels, open_model, open_reference, percentiles, random_state,
+from tinyvllm.cli.main import bench
+from tinyvllm.cli.bench import (Load, Run, Trace, layer_kernels, open_model, open_reference, percentiles, random_state,
                             speed, traffic)
-from tinyvllm.cli import main, parser
+from tinyvllm.cli.main import main, parser
 from tinyvllm.errors import BadInput
-from tinyvllm.llama import Llama, kv_bytes, model_config, weight_bytes
+from tinyvllm.models.llama import Llama, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import Stopwatch, commit
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.models.weights import tiny_checkpoint
 
 FIELDS = {'kind', 'model', 'quant', 'dtype', 'batch', 'context', 'tokens', 'tok_s', 'ms_per_step', 'host_us_per_step',
           'kernels_per_layer', 'bytes_per_token', 'bytes_over_minimum', 'bandwidth_share', 'bandwidth_gb_s',

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import (RuleBasedStateMachine, initialize, invariant, precondition, rule,
                                  run_state_machine_as_test)
 
-import tinyvllm.blocks
-from tinyvllm.blocks import Block, BlockManager, BlockPool, BlockTable, FreeList
+import tinyvllm.core.blocks
+from tinyvllm.core.blocks import Block, BlockManager, BlockPool, BlockTable, FreeList
 from tinyvllm.errors import BadInput
 
 ANY = st.integers(0, 2**16)      # picks an owner or a length, modulo how many there are
@@ -290,12 +290,12 @@ def test_errors_say_what_is_missing():
 # --- costs ------------------------------------------------------------------------------------------
 
 def lines_run(call):
-    "Lines of `tinyvllm.blocks` that a call executes."
+    "Lines of `tinyvllm.core.blocks` that a call executes."
     count, before = 0, sys.gettrace()
 
     def trace(frame, event, arg):
         nonlocal count
-        if frame.f_code.co_filename != tinyvllm.blocks.__file__: return None
+        if frame.f_code.co_filename != tinyvllm.core.blocks.__file__: return None
         count += event == 'line'
         return trace
 
@@ -346,7 +346,7 @@ def test_waste_on_long_tailed_lengths():
 
 
 def test_module_knows_no_tensors():
-    tree = ast.parse(Path(tinyvllm.blocks.__file__).read_text(encoding='utf-8'))
+    tree = ast.parse(Path(tinyvllm.core.blocks.__file__).read_text(encoding='utf-8'))
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {'.' * n.level + (n.module or '') for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     ours = {n for n in names if n.split('.')[0] not in sys.stdlib_module_names}

@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from tinyvllm import LLM, SamplingParams
-from tinyvllm.bench import Workload, measure_rung
-from tinyvllm.cli import main, reply
-from tinyvllm.llama import Llama, model_config
-from tinyvllm.scheduler import Sequence
-from tinyvllm.tokenizer import load_tokenizer
-from tinyvllm.weights import resolve, save_safetensors, tiny_checkpoint
+from tinyvllm.cli.bench import Workload, measure_rung
+from tinyvllm.cli.main import main, reply
+from tinyvllm.models.llama import Llama, model_config
+from tinyvllm.core.scheduler import Sequence
+from tinyvllm.models.tokenizer import load_tokenizer
+from tinyvllm.models.weights import resolve, save_safetensors, tiny_checkpoint
 
 
 def tinyvllm(*args, **options):
@@ -62,7 +62,7 @@ BAD = [
     (['generate', 'x', '--model', 'nosuch'], 'nosuch'), (['generate', 'x', '--dtype', 'int8'], 'dtype'),
     (['generate'], 'PROMPT'), (['dance'], 'dance'), ([], 'COMMAND'), (['pull', 'nosuch'], 'nosuch'),
     (['bench', '--tokens', '1'], '--tokens'), (['bench', '--repeat', '0'], '--repeat'), (['bench', '--rung', '99'], '99'),
-    (['bench', '--requests', '4', '0'], '--requests'), (['bench', '--rung', '01b', '--requests', '2'], '--rung 04a'),
+    (['bench', '--requests', '4', '0'], '--requests'), (['bench', '--rung', '01c', '--requests', '2'], '--rung 04a'),
     (['generate', 'x', '--out', 'o.jsonl'], '--prompts'), (['generate', 'x', '--prompts', 'p.jsonl', '--out', 'o.jsonl'], 'not both'),
     (['generate', '--prompts', 'no/such.jsonl', '--out', 'o.jsonl'], 'no/such.jsonl'),
 ]
@@ -153,9 +153,9 @@ def test_ctrl_c_aborts_the_request(folder, capsys, monkeypatch):
 
 
 def test_a_conversation_that_outgrows_the_context_says_so(folder, capsys, monkeypatch):
-    monkeypatch.setattr('tinyvllm.cli.CHAT_CONTEXT', 30)
+    monkeypatch.setattr('tinyvllm.cli.main.CHAT_CONTEXT', 30)
     lines = iter(['a' * 40, 'a', '/reset', '/exit'])
-    monkeypatch.setattr('tinyvllm.cli.read_line', lambda: next(lines))
+    monkeypatch.setattr('tinyvllm.cli.main.read_line', lambda: next(lines))
     code, out, err = in_process(capsys, 'chat', '--model', folder, '--max-tokens', 2)
     assert code == 0 and err.count('/reset forgets it') == err.count('\n') == 1 and 'context is 30' in err
     assert out.count('\n') == 1      # the second question was answered
@@ -164,14 +164,14 @@ def test_a_conversation_that_outgrows_the_context_says_so(folder, capsys, monkey
 def test_bench_appends_a_row_and_prints_it(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 10e9)
     ladder = tmp_path / 'ladder.jsonl'
-    for args, label in ((['--rung', '01'], '01'), (['--rung', '01b'], '01b'), (['--rung', '08', '--requests', 1, 2], '08'),
+    for args, label in ((['--rung', '01'], '01'), (['--rung', '01c'], '01c'), (['--rung', '08', '--requests', 1, 2], '08'),
                         (['--rung', '07'], '07'), (['--requests', 2], '10c')):
         code, out, err = in_process(capsys, 'bench', *args, '--model', folder, '--tokens', 3,
                                     '--prompt-tokens', 4, '--repeat', 1, '--ladder', ladder)
         assert code == 0 and str(ladder) in err
         assert f'| {label} |' in out and '| smollm2 float32 |' in out
     rows = [json.loads(line) for line in ladder.read_text().splitlines()]
-    assert [(r['rung'], r['requests']) for r in rows] == [('01', 1), ('01b', 1), ('08', 1), ('08', 2),
+    assert [(r['rung'], r['requests']) for r in rows] == [('01', 1), ('01c', 1), ('08', 1), ('08', 2),
                                                               ('07', 1), ('10c', 2)]
     assert all(r['greedy_equal'] and r['workload'] == '4+3' and r['model'] == folder.name for r in rows)
     alone, both, graph, fused = rows[2:]

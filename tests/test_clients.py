@@ -13,12 +13,12 @@ from openai.types import Completion  # noqa: E402
 from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
 from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 
-from tinyvllm.engine import LLM  # noqa: E402
-from tinyvllm.generate import answer_logits  # noqa: E402
-from tinyvllm.llama import load_model  # noqa: E402
-from tinyvllm.sampling import log_softmax  # noqa: E402
-from tinyvllm.server import serving  # noqa: E402
-from tinyvllm.tokenizer import load_tokenizer  # noqa: E402
+from tinyvllm.engine.llm import LLM  # noqa: E402
+from tinyvllm.reference.generate import answer_logits  # noqa: E402
+from tinyvllm.models.llama import load_model  # noqa: E402
+from tinyvllm.sampling.params import log_softmax  # noqa: E402
+from tinyvllm.server.app import serving  # noqa: E402
+from tinyvllm.models.tokenizer import load_tokenizer  # noqa: E402
 
 KEY, MODEL = 'a-key', 'smollm2'
 ASK = [{'role': 'user', 'content': 'Name three colors.'}]

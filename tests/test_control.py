@@ -18,23 +18,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tinygrad import Tensor, dtypes
 
-from tinyvllm import control as module
-from tinyvllm.blocks import BlockManager
-from tinyvllm.control import (Bias, BadWords, Control, Grammar, LogitsProcessor, NotYet, Order, Use, grammar_of, grammars_of,
+from tinyvllm.sampling import logits_processors as module
+from tinyvllm.core.blocks import BlockManager
+from tinyvllm.sampling.logits_processors import (Bias, BadWords, Control, Grammar, LogitsProcessor, NotYet, Order, Use, grammar_of, grammars_of,
                               load_processors, make_control, obeyed, packed, register, spellings, steer, unpacked)
-from tinyvllm.engine import LLM, make_engine
+from tinyvllm.engine.llm import LLM, make_engine
 from tinyvllm.errors import BadInput
-from tinyvllm.flash import best_attend, best_cache
-from tinyvllm.fusion import fused
-from tinyvllm.llama import Llama, model_config
+from tinyvllm.kernels.flash import best_attend, best_cache
+from tinyvllm.models.fused import fused
+from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import counting
-from tinyvllm.metal import Kernel
+from tinyvllm.kernels.metal import Kernel
 from tinyvllm.metalsim import MetalError
-from tinyvllm.paged import EagerRunner
-from tinyvllm.sampling import SamplingParams, StructuredOutputs
-from tinyvllm.scheduler import Scheduler
-from tinyvllm.tokenizer import load_tokenizer
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.kv_cache.paged import EagerRunner
+from tinyvllm.sampling.params import SamplingParams, StructuredOutputs
+from tinyvllm.core.scheduler import Scheduler
+from tinyvllm.models.tokenizer import load_tokenizer
+from tinyvllm.models.weights import tiny_checkpoint
 
 cases = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 few = settings(cases, max_examples=5)

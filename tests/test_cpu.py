@@ -16,11 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tinygrad import Tensor, TinyJit, dtypes
 
-from tinyvllm import cpu
-from tinyvllm.cpu import attend, kv_write, matmul, matvec
+from tinyvllm.kernels import cpu
+from tinyvllm.kernels.cpu import attend, kv_write, matmul, matvec
 from tinyvllm.errors import BadInput
 from tinyvllm.measure import counting
-from tinyvllm.metal import Kernel
+from tinyvllm.kernels.metal import Kernel
 
 TYPES, TOLERANCE = {'float': np.float32, 'half': np.float16}, {'float': 1e-5, 'half': 2e-3}
 many = settings(max_examples=220, deadline=None, suppress_health_check=list(HealthCheck))
@@ -385,10 +385,10 @@ def test_bytes_are_counted_once():
 
 ENGINE = """
 import json, sys
-from tinyvllm.cpu import cpu_attend
-from tinyvllm.engine import LLM
-from tinyvllm.paged import paged_attend
-from tinyvllm.sampling import SamplingParams
+from tinyvllm.kernels.cpu import cpu_attend
+from tinyvllm.engine.llm import LLM
+from tinyvllm.kv_cache.paged import paged_attend
+from tinyvllm.sampling.params import SamplingParams
 items = json.load(open(sys.argv[1]))['items'][:2]
 llm = LLM('smollm2', dtype='float32', attend=cpu_attend, max_model_len=512, num_blocks=40)
 out = llm.generate([i['prompt_ids'] for i in items], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),

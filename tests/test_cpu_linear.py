@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from test_cpu import Guarded
 from tinygrad import Tensor, TinyJit, dtypes
 
-from tinyvllm import cpu_linear as module
-from tinyvllm.cpu_linear import cpu_embed, cpu_linear, cpu_swiglu
+from tinyvllm.kernels import linear_cpu as module
+from tinyvllm.kernels.linear_cpu import cpu_embed, cpu_linear, cpu_swiglu
 from tinyvllm.measure import counting
-from tinyvllm.metal import Kernel
+from tinyvllm.kernels.metal import Kernel
 
 many = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 DENSE = ['f32', 'f16', 'bf16']

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from tinygrad import Tensor
 
-from tinyvllm import cpu, doctor
-from tinyvllm.cli import main
-from tinyvllm.doctor import (CHECKS, REAL, SIMULATED, TOLERANCE, Attention, Check, Chunks, KVWrite, Matvec, fences,
+from tinyvllm.kernels import cpu
+
+from tinyvllm.cli.main import doctor
+from tinyvllm.cli.main import main
+from tinyvllm.cli.doctor import (CHECKS, REAL, SIMULATED, TOLERANCE, Attention, Check, Chunks, KVWrite, Matvec, fences,
                              mixed, relative_error, run_check)
 
 KEYS = ['kernel', 'device', 'cases', 'max_rel_err', 'tolerance', 'ok', 'us', 'gbps']

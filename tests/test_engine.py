@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tinyvllm.blocks import BlockManager
-from tinyvllm.engine import LLM, AsyncEngine, make_engine, warm_up
+from tinyvllm.core.blocks import BlockManager
+from tinyvllm.engine.llm import LLM, AsyncEngine, make_engine, warm_up
 from tinyvllm.errors import BadInput
-from tinyvllm.generate import Generation, bucket, generate
-from tinyvllm.kvcache import KVCache
-from tinyvllm.llama import InputBatch, Llama, NoCache, dense_attend, load_model, model_config
-from tinyvllm.paged import EagerRunner, PagedKVCache, paged_attend
-from tinyvllm.sampling import Sampler, SamplingParams
-from tinyvllm.scheduler import Scheduler
-from tinyvllm.tokenizer import load_tokenizer
-from tinyvllm.weights import resolve, tiny_checkpoint
+from tinyvllm.reference.generate import Generation, bucket, generate
+from tinyvllm.reference.kvcache import KVCache
+from tinyvllm.models.llama import InputBatch, Llama, NoCache, dense_attend, load_model, model_config
+from tinyvllm.kv_cache.paged import EagerRunner, PagedKVCache, paged_attend
+from tinyvllm.sampling.params import Sampler, SamplingParams
+from tinyvllm.core.scheduler import Scheduler
+from tinyvllm.models.tokenizer import load_tokenizer
+from tinyvllm.models.weights import resolve, tiny_checkpoint
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'smollm2.json').read_text())['items']
 
@@ -141,7 +141,7 @@ def test_16_requests_on_smollm2_in_a_small_pool_say_the_goldens():
 
 
 def test_the_contiguous_cache_is_a_pool_of_one_block(model):
-    "The same engine, scheduler and runner with the cache of chapter 01b: one request after the other."
+    "The same engine, scheduler and runner with the cache of chapter 01c: one request after the other."
     prompts, lengths = requests(np.random.default_rng(1), 3, 8, 5)
     paged = LLM(model, num_blocks=16)
     contiguous = LLM(model, cache=KVCache(model, 16), attend=dense_attend, scheduler=Scheduler(BlockManager(2, 16)))
@@ -539,7 +539,7 @@ def test_a_stop_string_may_stay_and_may_have_to_wait(model):
 
 
 def test_a_reader_that_leaves_is_counted_once(model):
-    from tinyvllm.engine import StatLogger
+    from tinyvllm.engine.llm import StatLogger
 
     class Counts(StatLogger):
         def __init__(self): self.told = []

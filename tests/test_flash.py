@@ -8,18 +8,18 @@ from hypothesis import given, settings, strategies as st
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, dtypes
 from tensor_cores import played
 
-from tinyvllm import flash as module
-from tinyvllm.cpu import cpu_attend
-from tinyvllm.doctor import Case, attention, run_case
+from tinyvllm.kernels import flash as module
+from tinyvllm.kernels.cpu import cpu_attend
+from tinyvllm.cli.doctor import Case, attention, run_case
 from tinyvllm.errors import BadInput
-from tinyvllm.flash import (FLASH_MATRIX, FLASH_TILED, MATRIX_CUDA, best_attend, best_cache, flash, flash_attend,
+from tinyvllm.kernels.flash import (FLASH_MATRIX, FLASH_TILED, MATRIX_CUDA, best_attend, best_cache, flash, flash_attend,
                             tile_of)
-from tinyvllm.llama import Llama, model_config, rope_table
-from tinyvllm.metal import Kernel, check_compiles
+from tinyvllm.models.llama import Llama, model_config, rope_table
+from tinyvllm.kernels.metal import Kernel, check_compiles
 from tinyvllm.metalsim import counting, lint
 from tinyvllm.metalsim.source import strip_comments
-from tinyvllm.paged import PagedBatch, PagedKVCache, paged_attend
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend
+from tinyvllm.models.weights import tiny_checkpoint
 
 simulator = pytest.mark.skipif(sys.platform != 'linux', reason='a Mac has the real one')
 TOLERANCE = {'float16': 2e-3, 'float32': 1e-5}

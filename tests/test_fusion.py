@@ -15,18 +15,20 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import Context
 
-from tinyvllm import fusion, metalsim
-from tinyvllm.engine import LLM
+from tinyvllm.models import fused as fusion
+
+from tinyvllm import metalsim
+from tinyvllm.engine.llm import LLM
 from tinyvllm.errors import BadInput
-from tinyvllm.flash import best_attend
-from tinyvllm.fusion import FusedKVCache, FusedLlama, best_model, fused, fused_cache, rope_write, state_of, turned
-from tinyvllm.generate import bucket, same_greedy
-from tinyvllm.llama import InputBatch, Llama, NoCache, RMSNorm, dense_attend, kv_bytes, model_config, weight_bytes
+from tinyvllm.kernels.flash import best_attend
+from tinyvllm.models.fused import FusedKVCache, FusedLlama, best_model, fused, fused_cache, rope_write, state_of, turned
+from tinyvllm.reference.generate import bucket, same_greedy
+from tinyvllm.models.llama import InputBatch, Llama, NoCache, RMSNorm, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
-from tinyvllm.paged import PagedBatch, PagedKVCache, paged_attend
-from tinyvllm.quant import Packed, PackedLlama, concat, packed_state, quantize
-from tinyvllm.sampling import SamplingParams
-from tinyvllm.weights import resolve, save_safetensors, tiny_checkpoint
+from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend
+from tinyvllm.quant.pack import Packed, PackedLlama, concat, packed_state, quantize
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.models.weights import resolve, save_safetensors, tiny_checkpoint
 
 GPU = 'CUDA' if Device.DEFAULT.startswith('CUDA') else 'METAL'
 SIMULATED = GPU == 'METAL' and sys.platform != 'darwin'

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tinyvllm.errors import BadInput
-from tinyvllm.generate import Generation, StopText, bucket, check_prompt, generate, greedy, same_greedy
-from tinyvllm.kvcache import KVCache, reuse
-from tinyvllm.llama import InputBatch, Llama, NoCache, dense_attend, kv_bytes, model_config, weight_bytes
+from tinyvllm.reference.generate import Generation, StopText, bucket, check_prompt, generate, greedy, same_greedy
+from tinyvllm.reference.kvcache import KVCache, reuse
+from tinyvllm.models.llama import InputBatch, Llama, NoCache, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.models.weights import tiny_checkpoint
 
 
 @pytest.fixture(scope='module')

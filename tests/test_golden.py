@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyvllm.generate import Generation, bucket, generate, same_greedy
-from tinyvllm.kvcache import KVCache
-from tinyvllm.llama import InputBatch, NoCache, dense_attend, load_model, weight_bytes
-from tinyvllm.tokenizer import load_tokenizer
-from tinyvllm.weights import resolve
+from tinyvllm.reference.generate import Generation, bucket, generate, same_greedy
+from tinyvllm.reference.kvcache import KVCache
+from tinyvllm.models.llama import InputBatch, NoCache, dense_attend, load_model, weight_bytes
+from tinyvllm.models.tokenizer import load_tokenizer
+from tinyvllm.models.weights import resolve
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'smollm2.json').read_text())['items']
 NAMES = [g['name'] for g in GOLDEN]

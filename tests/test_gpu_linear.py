@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from linear_cores import FORMATS, multiple, numbers, packed, played
 from tinygrad import Tensor, TinyJit, dtypes
 
-from tinyvllm import gpu_linear as module
-from tinyvllm.doctor import Case, run_case
+from tinyvllm.kernels import linear_gpu as module
+from tinyvllm.cli.doctor import Case, run_case
 from tinyvllm.errors import BadInput
-from tinyvllm.gpu_linear import PARTS, gpu_embed, gpu_linear, gpu_swiglu, kernel_of, kind_of, plan, rms_norm
-from tinyvllm.metal import Kernel
+from tinyvllm.kernels.linear_gpu import PARTS, gpu_embed, gpu_linear, gpu_swiglu, kernel_of, kind_of, plan, rms_norm
+from tinyvllm.kernels.metal import Kernel
 from tinyvllm.metalsim import counting, lint
 
 simulator = pytest.mark.skipif(sys.platform != 'linux', reason='a Mac has the real one')
@@ -258,7 +258,7 @@ def test_refusals():
 
 
 def test_the_dispatch_takes_them_without_a_warning():
-    quant = pytest.importorskip('tinyvllm.quant')
+    quant = pytest.importorskip('tinyvllm.quant.pack')
     rng = np.random.default_rng(0)
     weight, x = rng.standard_normal((48, 64)).astype(np.float32), rng.standard_normal((3, 64)).astype(np.float16)
     for w in (quant.quantize(metal(weight), 'int4-g32'), quant.dense(metal(weight.astype(np.float16)))):

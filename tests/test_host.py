@@ -9,18 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tinygrad import Tensor, dtypes
 
-from tinyvllm import host as module
-from tinyvllm.blocks import BlockManager
-from tinyvllm.engine import make_engine
-from tinyvllm.fusion import fused
-from tinyvllm.host import DESKS, Inputs, Page, chances, host_visible, laid_out, page_shapes, piece
-from tinyvllm.llama import Llama, model_config
-from tinyvllm.metal import Kernel
-from tinyvllm.runner import Mail
-from tinyvllm.sampler import wishes
-from tinyvllm.sampling import Sampled, SamplingParams, uniform
-from tinyvllm.scheduler import Batch, Sequence
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.runner import inputs as module
+from tinyvllm.core.blocks import BlockManager
+from tinyvllm.engine.llm import make_engine
+from tinyvllm.models.fused import fused
+from tinyvllm.runner.inputs import DESKS, Inputs, Page, chances, host_visible, laid_out, page_shapes, piece
+from tinyvllm.models.llama import Llama, model_config
+from tinyvllm.kernels.metal import Kernel
+from tinyvllm.runner.jit import Mail
+from tinyvllm.kernels.sampler import wishes
+from tinyvllm.sampling.params import Sampled, SamplingParams, uniform
+from tinyvllm.core.scheduler import Batch, Sequence
+from tinyvllm.models.weights import tiny_checkpoint
 
 cases = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 few = settings(cases, max_examples=5)

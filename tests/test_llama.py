@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tinygrad import Tensor
 from tinyvllm.errors import BadInput
-from tinyvllm.llama import (InputBatch, Llama, NoCache, apply_rope, check_weights, dense_attend,
+from tinyvllm.models.llama import (InputBatch, Llama, NoCache, apply_rope, check_weights, dense_attend,
                             load_model, model_config, rope_frequencies, rope_table)
-from tinyvllm.weights import open_checkpoint, save_safetensors, tensor_shapes, tiny_checkpoint
+from tinyvllm.models.weights import open_checkpoint, save_safetensors, tensor_shapes, tiny_checkpoint
 
 TINY = dict(vocab_size=160, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
             num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256)

@@ -9,7 +9,8 @@ import threading
 from dataclasses import fields
 from types import SimpleNamespace
 
-from tinyvllm import metal, metalsim  # before tinygrad: the package settles the compiler
+from tinyvllm import metalsim  # before tinygrad: the package settles the compiler
+from tinyvllm.kernels import metal
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -21,7 +22,7 @@ from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 from tinyvllm.device import allow_threads
 from tinyvllm.errors import BadInput
 from tinyvllm.measure import counting
-from tinyvllm.metal import Kernel, cuda_source, defines, element_type, signature_of
+from tinyvllm.kernels.metal import Kernel, cuda_source, defines, element_type, signature_of
 from tinyvllm.metalsim.source import POSITIONS, INDICES, SIMD_WIDTH, Parameter
 
 DEVICES = sorted({'CPU', 'METAL', Device.DEFAULT})

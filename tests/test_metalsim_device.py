@@ -17,11 +17,11 @@ from tinygrad.device import Allocator, CompileError, Compiled, Compiler, LRUAllo
 from tinygrad.engine.jit import GraphRunner
 from tinygrad.uop.ops import ProgramInfo
 
-from tinyvllm.engine import LLM
-from tinyvllm.llama import Llama, model_config
+from tinyvllm.engine.llm import LLM
+from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.metalsim import MetalError, counting
-from tinyvllm.sampling import SamplingParams
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.models.weights import tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,7 +56,7 @@ def test_nothing_is_loaded_and_nothing_chosen_before_it_is_asked_for():
 def test_without_a_compiler_the_command_line_says_what_to_install(tmp_path):
     code = ("import tinyvllm.device as device; device.zig_wrapper = lambda: None\n"
             "import os, sys; os.environ['CC'] = ''\n"
-            "from tinyvllm.cli import main; sys.exit(main(['info', '--device', 'METAL']))")
+            "from tinyvllm.cli.main import main; sys.exit(main(['info', '--device', 'METAL']))")
     done = run(code, PATH=str(tmp_path), CC='', METALSIM_CC='')
     assert done.returncode == 2 and not done.stdout and 'Traceback' not in done.stderr
     assert 'install clang (14 or newer), or `pip install ziglang`' in done.stderr

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tinyvllm import metrics as module
-from tinyvllm.blocks import BlockManager
-from tinyvllm.engine import AsyncEngine, EngineCore, LLMEngine
+from tinyvllm.server import metrics as module
+from tinyvllm.core.blocks import BlockManager
+from tinyvllm.engine.llm import AsyncEngine, EngineCore, LLMEngine
 from tinyvllm.errors import BadInput
-from tinyvllm.llama import model_config
-from tinyvllm.metrics import (COUNTERS, GAUGES, HISTOGRAMS, LABELS, PARTS, PREFIX, SECONDS, Histogram, Metrics, fragmentation,
+from tinyvllm.models.llama import model_config
+from tinyvllm.server.metrics import (COUNTERS, GAUGES, HISTOGRAMS, LABELS, PARTS, PREFIX, SECONDS, Histogram, Metrics, fragmentation,
                               metered, per_second, scale)
-from tinyvllm.runner import AsyncScheduler
-from tinyvllm.sampling import Sampled, SamplingParams
-from tinyvllm.scheduler import Scheduler
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.runner.jit import AsyncScheduler
+from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.core.scheduler import Scheduler
+from tinyvllm.models.weights import tiny_checkpoint
 
 CONFIG = model_config(tiny_checkpoint(seed=0)[0])
 

@@ -11,8 +11,8 @@ from schemathesis import GenerationMode  # noqa: E402
 from schemathesis.checks import not_a_server_error  # noqa: E402
 from schemathesis.specs.openapi import checks  # noqa: E402
 
-from tinyvllm.engine import LLM  # noqa: E402
-from tinyvllm.server import serving  # noqa: E402
+from tinyvllm.engine.llm import LLM  # noqa: E402
+from tinyvllm.server.app import serving  # noqa: E402
 
 ALWAYS = [not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
           checks.response_schema_conformance, checks.response_headers_conformance]

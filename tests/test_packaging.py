@@ -46,9 +46,9 @@ def metadata(unpacked, name='METADATA'):
 
 def test_wheel_holds_the_package_and_nothing_else(wheel, unpacked):
     assert {p.name for p in unpacked.iterdir()} == {'tinyvllm', f'tinyvllm-{version()}.dist-info'}
-    assert files(unpacked / 'tinyvllm', '*.py') == files(ROOT / 'tinyvllm', '*.py')
+    assert files(unpacked / 'tinyvllm', '**/*.py') == files(ROOT / 'tinyvllm', '**/*.py')
     assert files(unpacked / 'tinyvllm/metalsim') == files(ROOT / 'tinyvllm/metalsim')
-    assert files(unpacked / 'tinyvllm', '*.h') == files(ROOT / 'tinyvllm', '*.h') == {Path('msl_cuda.h')}
+    assert files(unpacked / 'tinyvllm/kernels', '*.h') == files(ROOT / 'tinyvllm/kernels', '*.h') == {Path('msl_cuda.h')}
     assert (unpacked / 'tinyvllm/data/ladder.jsonl').read_bytes() == (ROOT / 'nbs/ladder.jsonl').read_bytes()
     assert wheel.name == f'tinyvllm-{version()}-py3-none-any.whl' and wheel.stat().st_size < 1_000_000
 
@@ -67,7 +67,7 @@ def test_sources_of_the_metal_simulator_are_in_the_source_archive(tmp_path):
     with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
         names = set(archive.getnames())
     wanted = {f'tinyvllm-{version()}/tinyvllm/metalsim/{p}' for p in files(ROOT / 'tinyvllm/metalsim')}
-    wanted.add(f'tinyvllm-{version()}/tinyvllm/msl_cuda.h')
+    wanted.add(f'tinyvllm-{version()}/tinyvllm/kernels/msl_cuda.h')
     assert len(wanted) > 15 and not wanted - names
 
 
@@ -83,7 +83,7 @@ def test_metadata(unpacked):
                  'Requires-Dist: tinygrad==0.14.0', 'Requires-Dist: ziglang==0.17.1; sys_platform == "linux"',
                  'Provides-Extra: dev', 'Provides-Extra: parity', 'Description-Content-Type: text/markdown']:
         assert line in text
-    assert 'tinyvllm = tinyvllm.cli:main' in metadata(unpacked, 'entry_points.txt')
+    assert 'tinyvllm = tinyvllm.cli.main:main' in metadata(unpacked, 'entry_points.txt')
 
 
 def test_version_is_the_same_everywhere(unpacked):
@@ -114,8 +114,10 @@ def test_runtime_needs_no_development_package(unpacked):
     "nbdev and fastcore are for authors: importing the package must not pull them in."
     code = """
 import sys, importlib, pathlib, tinyvllm
-for path in pathlib.Path(tinyvllm.__file__).parent.glob('*.py'):
-    if path.stem not in ('__main__', '_modidx'): importlib.import_module(f'tinyvllm.{path.stem}')
+folder = pathlib.Path(tinyvllm.__file__).parent
+for path in folder.rglob('*.py'):
+    if path.stem in ('__init__', '__main__', '_modidx', 'ops_metal'): continue
+    importlib.import_module('.'.join(path.relative_to(folder.parent).with_suffix('').parts))
 print([m for m in ('nbdev', 'fastcore', 'IPython', 'torch', 'transformers', 'matplotlib') if m in sys.modules])
 """
     assert run(unpacked, '-c', code, DEV='CPU').stdout.strip() == '[]'

@@ -8,8 +8,8 @@ from importlib.resources import files
 
 import pytest
 
-PAGE = files('tinyvllm') / 'static/index.html'
-try: from tinyvllm.server import page as served    # with the policy that the server sends
+PAGE = files('tinyvllm.server') / 'static/index.html'
+try: from tinyvllm.server.app import page as served    # with the policy that the server sends
 except ImportError: served = lambda: (PAGE.read_bytes(), {})
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome',
          '/Applications/Google Chrome.app/Contents/MacOS/Google Chrome')
@@ -414,7 +414,7 @@ def test_composing_does_not_send(visit, script):
 @pytest.fixture
 def endless(folder, tmp_path):
     "The tiny model with the tokenizer's vocabulary, and no end."
-    from tinyvllm.weights import save_safetensors, tiny_checkpoint
+    from tinyvllm.models.weights import save_safetensors, tiny_checkpoint
     save_safetensors(tmp_path, *tiny_checkpoint(seed=0, vocab_size=257, eos_token_id=None))
     shutil.copy(folder / 'tokenizer.json', tmp_path)
     config = json.loads((folder / 'tokenizer_config.json').read_text())
@@ -426,7 +426,7 @@ def endless(folder, tmp_path):
 def test_with_the_real_server(visit, endless):
     pytest.importorskip('fastapi')
     from tinyvllm import LLM
-    from tinyvllm.server import serving
+    from tinyvllm.server.app import serving
     llm = LLM(endless, num_blocks=64)
     with serving(llm.engine, names=('tiny',)) as server:
         page = visit(server.url)

@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tinygrad import Device, Tensor
 
-from tinyvllm import paged
-from tinyvllm.blocks import BlockManager
+from tinyvllm.kv_cache import paged
+from tinyvllm.core.blocks import BlockManager
 from tinyvllm.errors import BadInput
-from tinyvllm.llama import Llama, dense_attend, kv_bytes, model_config, weight_bytes
+from tinyvllm.models.llama import Llama, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
-from tinyvllm.paged import (EagerRunner, EngineArgs, PagedBatch, PagedKVCache, activation_bytes, free_memory,
+from tinyvllm.kv_cache.paged import (EagerRunner, EngineArgs, PagedBatch, PagedKVCache, activation_bytes, free_memory,
                             paged_attend, pool_blocks, stored)
-from tinyvllm.sampling import SamplingParams
-from tinyvllm.scheduler import Batch, Scheduler, Sequence
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.core.scheduler import Batch, Scheduler, Sequence
+from tinyvllm.models.weights import tiny_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -155,13 +155,13 @@ def test_memory_of_a_card_is_read_from_nvidia_smi(monkeypatch):
 
 STEP = '''
 import resource, numpy as np
-from tinyvllm.llama import Llama, model_config
-from tinyvllm.paged import *
-from tinyvllm.scheduler import *
-from tinyvllm.blocks import BlockManager
+from tinyvllm.models.llama import Llama, model_config
+from tinyvllm.kv_cache.paged import *
+from tinyvllm.core.scheduler import *
+from tinyvllm.core.blocks import BlockManager
 from tinyvllm.measure import peak_memory
-from tinyvllm.sampling import SamplingParams
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.models.weights import tiny_checkpoint
 config, state = tiny_checkpoint(seed=0, max_position_embeddings=2048, num_attention_heads=16, num_key_value_heads=4,
                                 num_hidden_layers=1)
 model = Llama(model_config(config), state)
@@ -189,7 +189,7 @@ def test_half_precision_agrees_with_the_dense_attention():
     half = Llama(model_config(config), {n: t.half().realize() for n, t in state.items()})
     scheduler = Scheduler(BlockManager(8))
     scheduler.add(Sequence(0, [5, 6, 7, 8], SamplingParams(max_tokens=1)))
-    from tinyvllm.llama import InputBatch, NoCache
+    from tinyvllm.models.llama import InputBatch, NoCache
     got = half(PagedBatch.of(scheduler.schedule()), PagedKVCache(half, 8), paged_attend).numpy()[0]
     want = half(InputBatch.of([5, 6, 7, 8]), NoCache(), dense_attend).numpy()[0]
     assert np.abs(got - want).max() < 2e-3 * np.abs(want).max() + 2e-3

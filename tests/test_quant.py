@@ -9,11 +9,11 @@ from gguf.quants import dequantize, quantize as gguf_quantize
 from hypothesis import given, settings, strategies as st
 from tinygrad import Device, Tensor, dtypes
 
-from tinyvllm import quant as Q
+from tinyvllm.quant import pack as Q
 from tinyvllm.errors import BadInput
-from tinyvllm.llama import InputBatch, Llama, NoCache, dense_attend, model_config, weight_bytes
-from tinyvllm.paged import paged_attend
-from tinyvllm.weights import (BLOCKS, Entry, open_checkpoint, read_tensor, resolve,
+from tinyvllm.models.llama import InputBatch, Llama, NoCache, dense_attend, model_config, weight_bytes
+from tinyvllm.kv_cache.paged import paged_attend
+from tinyvllm.models.weights import (BLOCKS, Entry, open_checkpoint, read_tensor, resolve,
                               save_safetensors, tiny_checkpoint)
 
 HALVES = {'Q4_0': [0], 'Q4_1': [0, 2], 'Q5_0': [0], 'Q8_0': [0], 'Q4_K': [0, 2], 'Q6_K': [208]}

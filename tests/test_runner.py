@@ -13,21 +13,21 @@ from hypothesis import given, settings, strategies as st
 from tinygrad import Device, Tensor, TinyJit
 
 from test_scheduler import EOS, alone, next_token, prompt
-from tinyvllm import runner
-from tinyvllm.blocks import BlockManager
-from tinyvllm.engine import make_engine
+from tinyvllm.runner import jit as runner
+from tinyvllm.core.blocks import BlockManager
+from tinyvllm.engine.llm import make_engine
 from tinyvllm.errors import BadInput
-from tinyvllm.flash import best_attend, best_cache
-from tinyvllm.fusion import fused
-from tinyvllm.generate import same_greedy
-from tinyvllm.llama import Llama, model_config
+from tinyvllm.kernels.flash import best_attend, best_cache
+from tinyvllm.models.fused import fused
+from tinyvllm.reference.generate import same_greedy
+from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import counting
-from tinyvllm.metal import Kernel
-from tinyvllm.paged import EagerRunner
-from tinyvllm.runner import ARGUMENTS, AsyncScheduler, CPUGraph, JitRunner, Mail, graph_shape, power_of_four
-from tinyvllm.sampling import Sampled, SamplingParams
-from tinyvllm.scheduler import Scheduler, Sequence, Status
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.kernels.metal import Kernel
+from tinyvllm.kv_cache.paged import EagerRunner
+from tinyvllm.runner.jit import ARGUMENTS, AsyncScheduler, CPUGraph, JitRunner, Mail, graph_shape, power_of_four
+from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.core.scheduler import Scheduler, Sequence, Status
+from tinyvllm.models.weights import tiny_checkpoint
 
 cpu_only = pytest.mark.skipif(Device.DEFAULT != 'CPU', reason='the graph of the CPU')
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tinygrad import Tensor
 
-from tinyvllm import sampler as module
-from tinyvllm.metal import Kernel
+from tinyvllm.kernels import sampler as module
+from tinyvllm.kernels.metal import Kernel
 from tinyvllm.metalsim import MetalError, counting
-from tinyvllm.sampler import likeliest, penalise, sample, wishes
-from tinyvllm.sampling import Sampler, SamplingParams, log_softmax, process_logits, softmax, top_ids, uniform
+from tinyvllm.kernels.sampler import likeliest, penalise, sample, wishes
+from tinyvllm.sampling.params import Sampler, SamplingParams, log_softmax, process_logits, softmax, top_ids, uniform
 
 simulated = pytest.mark.skipif(sys.platform == 'darwin', reason='a Mac does not check')
 cases = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinyvllm.errors import BadInput
-from tinyvllm.sampling import (Sampled, Sampler, SamplingParams, StructuredOutputs, apply_count_penalties, apply_min_p,
+from tinyvllm.sampling.params import (Sampled, Sampler, SamplingParams, StructuredOutputs, apply_count_penalties, apply_min_p,
                                apply_repetition_penalty, apply_temperature, apply_top_k, apply_top_p,
                                draw, log_softmax, process_logits, softmax, top_ids, uniform)
 

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import (RuleBasedStateMachine, initialize, invariant, precondition, rule,
                                  run_state_machine_as_test)
 
-import tinyvllm.blocks
-import tinyvllm.scheduler
-from tinyvllm.blocks import BlockManager
+import tinyvllm.core.blocks
+import tinyvllm.core.scheduler
+from tinyvllm.core.blocks import BlockManager
 from tinyvllm.errors import BadInput
-from tinyvllm.sampling import Sampled, SamplingParams
-from tinyvllm.scheduler import Batch, Scheduler, Sequence, Status
+from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.core.scheduler import Batch, Scheduler, Sequence, Status
 
 VOCAB, EOS = 40, 0
 
@@ -619,12 +619,12 @@ def test_higher_priorities_delay_for_as_long_as_they_come():
 
 def test_no_device():
     "The scheduler decides; it neither imports nor loads what computes."
-    for module in (tinyvllm.scheduler, tinyvllm.blocks):
+    for module in (tinyvllm.core.scheduler, tinyvllm.core.blocks):
         nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text(encoding='utf-8'))))
         names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
         names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
         assert not any(name.split('.')[0] in ('tinygrad', 'numpy') for name in names)
-    code = 'import sys, tinyvllm.scheduler; sys.exit("tinygrad" in sys.modules)'
+    code = 'import sys, tinyvllm.core.scheduler; sys.exit("tinygrad" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
 
 
@@ -646,5 +646,5 @@ def code_lines(path):
 
 
 def test_it_stays_small():
-    sizes = {m.__name__: code_lines(Path(m.__file__)) for m in (tinyvllm.scheduler, tinyvllm.blocks)}
+    sizes = {m.__name__: code_lines(Path(m.__file__)) for m in (tinyvllm.core.scheduler, tinyvllm.core.blocks)}
     assert 100 < sum(sizes.values()) <= 350, sizes

@@ -20,8 +20,8 @@ pytest.importorskip('fastapi')
 pytest.importorskip('uvicorn')
 
 from tinyvllm import LLM  # noqa: E402
-from tinyvllm.cli import main  # noqa: E402
-from tinyvllm.server import Server, ServerArgs, Service, address, listen, serving  # noqa: E402
+from tinyvllm.cli.main import main  # noqa: E402
+from tinyvllm.server.app import Server, ServerArgs, Service, address, listen, serving  # noqa: E402
 
 PATIENCE = 60    # seconds for anything: these tests are about what happens, not how fast
 GREEDY = dict(temperature=0, ignore_eos=True)
@@ -495,6 +495,6 @@ def test_bad_input_is_one_line_and_exit_2(folder, tmp_path, capsys, monkeypatch)
             lines = [line for line in err.splitlines() if 'loading' not in line]
             assert code == 2 and len(lines) == 1 and words in lines[0] and 'Traceback' not in err, (args, err)
     monkeypatch.setitem(sys.modules, 'fastapi', None)
-    for name in [n for n in sys.modules if n == 'tinyvllm.server']: monkeypatch.delitem(sys.modules, name)
+    for name in [n for n in sys.modules if n == 'tinyvllm.server.app']: monkeypatch.delitem(sys.modules, name)
     code, err = run(capsys)
     assert code == 2 and "pip install 'tinyvllm[serve]'" in err and err.count('\n') == 1

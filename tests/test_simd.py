@@ -13,13 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tinygrad import Device, Tensor, TinyJit, dtypes
 
-from tinyvllm import metalsim, simd
+from tinyvllm import metalsim
+
+from tinyvllm.kernels import simd
 from tinyvllm.errors import BadInput
-from tinyvllm.llama import Llama, model_config
-from tinyvllm.paged import PagedBatch, PagedKVCache
-from tinyvllm.simd import (DECODE_SIMPLE, KV_WRITE, MATVEC_COALESCED, MATVEC_NAIVE, MATVEC_ROWS, MATVEC_VECTOR,
+from tinyvllm.models.llama import Llama, model_config
+from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache
+from tinyvllm.kernels.simd import (DECODE_SIMPLE, KV_WRITE, MATVEC_COALESCED, MATVEC_NAIVE, MATVEC_ROWS, MATVEC_VECTOR,
                            KernelKVCache, decode_simple, kv_write, matvec, matvec_sizes, simple_attend)
-from tinyvllm.weights import tiny_checkpoint
+from tinyvllm.models.weights import tiny_checkpoint
 
 DEVICE = 'CUDA' if Device.DEFAULT.startswith('CUDA') else 'METAL'
 SIMULATED = DEVICE == 'METAL' and sys.platform != 'darwin'

@@ -11,8 +11,8 @@ from tinygrad import Tensor, TinyJit
 from tinyvllm import metalsim
 from tinyvllm.errors import BadInput
 from tinyvllm.metalsim import MetalError
-from tinyvllm.paged import PagedBatch
-from tinyvllm.softmax import (DECODE, FILL, MERGE_PARTIALS, MERGERS, PARTIALS, Partial, decode, decode_attend,
+from tinyvllm.kv_cache.paged import PagedBatch
+from tinyvllm.kernels.softmax import (DECODE, FILL, MERGE_PARTIALS, MERGERS, PARTIALS, Partial, decode, decode_attend,
                               decode_split, merge, part_size, seen, sizes)
 
 TOLERANCE = {np.float16: 2e-3, np.float32: 1e-5}

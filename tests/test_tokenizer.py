@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Tokenizer as FastTokenizer, decoders, models,
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tinyvllm.errors import BadInput
-from tinyvllm.tokenizer import (BYTE, CONTROL, CUTS, TOKEN, UNKNOWN, USER, byte_alphabet, load_tokenizer,
+from tinyvllm.models.tokenizer import (BYTE, CONTROL, CUTS, TOKEN, UNKNOWN, USER, byte_alphabet, load_tokenizer,
                                 render_chat, word_cutter)
-from tinyvllm.weights import open_checkpoint, resolve
+from tinyvllm.models.weights import open_checkpoint, resolve
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden/smollm2.json').read_text(encoding='utf-8'))['items']
 TEXTS = ['', ' ', 'a', '  two  spaces ', 'The river rose in the night.', "it's 2026, isn't it?\n\n\tyes\r\n",

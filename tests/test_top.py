@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tinyvllm import top as module
-from tinyvllm.cli import main, parser
+from tinyvllm.cli import top as module
+from tinyvllm.cli.main import main, parser
 from tinyvllm.errors import BadInput
-from tinyvllm.top import NUMBERS, line, picture, top
+from tinyvllm.cli.top import NUMBERS, line, picture, top
 
 SNAPSHOT = dict(tok_s=123.4, prompt_tok_s=0.0, running=8, waiting=2, kv_usage=0.25, num_blocks=2047, free_blocks=1535,
                 fragmentation=0.043, preemptions=3, requests=1234, ended=dict(stop=1200, length=30, abort=0, error=1),
@@ -187,13 +187,13 @@ def test_a_real_server(folder, tmp_path, capsys):
     import urllib.request
 
     from test_batchfile import runner
-    from tinyvllm.blocks import BlockManager
-    from tinyvllm.engine import EngineCore, LLMEngine
-    from tinyvllm.llama import model_config
-    from tinyvllm.scheduler import Scheduler
-    from tinyvllm.server import serving
-    from tinyvllm.tokenizer import load_tokenizer
-    from tinyvllm.weights import tiny_checkpoint
+    from tinyvllm.core.blocks import BlockManager
+    from tinyvllm.engine.llm import EngineCore, LLMEngine
+    from tinyvllm.models.llama import model_config
+    from tinyvllm.core.scheduler import Scheduler
+    from tinyvllm.server.app import serving
+    from tinyvllm.models.tokenizer import load_tokenizer
+    from tinyvllm.models.weights import tiny_checkpoint
     engine = LLMEngine(EngineCore(Scheduler(BlockManager(40), 8, 64), runner), model_config(tiny_checkpoint(seed=0)[0]),
                        load_tokenizer(folder))
     (file := tmp_path / 'key').write_text('k')

@@ -11,9 +11,9 @@ import safetensors.numpy
 from gguf.quants import dequantize, quantize
 from tinygrad import dtypes
 
-from tinyvllm import weights
+from tinyvllm.models import weights
 from tinyvllm.errors import BadInput
-from tinyvllm.weights import (ARCHITECTURES, open_checkpoint, read_gguf, read_safetensors, resolve,
+from tinyvllm.models.weights import (ARCHITECTURES, open_checkpoint, read_gguf, read_safetensors, resolve,
                               save_safetensors, tensor_shapes, tiny_checkpoint, unpermute)
 
 LINUX = sys.platform == 'linux'
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_the_old_model(tiny):
     before = (folder/'model.safetensors').read_bytes()
     code = f"""
 import resource
-from tinyvllm.weights import tiny_checkpoint, save_safetensors
+from tinyvllm.models.weights import tiny_checkpoint, save_safetensors
 config, state = tiny_checkpoint(7)
 for t in state.values(): t.realize()
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -493,7 +493,7 @@ def test_no_second_copy(tmp_path):
     safetensors.numpy.save_file(state, tmp_path/'x.safetensors')
     (tmp_path/'config.json').write_text('{}')
     code = f"""
-from tinyvllm.weights import open_checkpoint
+from tinyvllm.models.weights import open_checkpoint
 def peak(): return int([l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1]) * 1024
 from tinygrad import Tensor; Tensor([1.0]).realize(); before = peak()
 loaded = open_checkpoint({str(tmp_path/'x.safetensors')!r}).load()

@@ -1,6 +1,6 @@
 "`python -m tinyvllm` is the command `tinyvllm`."
 import sys
 
-from tinyvllm.cli import main
+from tinyvllm.cli.main import main
 
 sys.exit(main())

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 say() { printf '\n== %s\n' "$*"; }
-state() { cksum nbs/*.ipynb tinyvllm/*.py README.md; }
+state() { cksum nbs/*.ipynb README.md $(find tinyvllm -name '*.py'); }
 
 say 'notebooks, package and README agree'
 before=$(state)

@@ -244,7 +244,7 @@ def check_module(path):
 def main(args):
     paths = [Path(a) for a in args] or sorted((ROOT / 'nbs').glob('*.ipynb'))
     faults = [(p, i, m) for p in paths for i, m in check_notebook(p)] + list(check_owners(paths))
-    modules = [] if args else sorted((ROOT / 'tinyvllm').glob('*.py'))
+    modules = [] if args else sorted((ROOT / 'tinyvllm').rglob('*.py'))
     faults += [(p, i, m) for p in modules for i, m in check_module(p)]
     for path, i, message in faults:
         print(f'{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{i}: {message}')

@@ -1,0 +1,1 @@
+"Requests in, text out: what a user of the library touches."

@@ -1,0 +1,1 @@
+"From files to a forward pass: tokenizer, weights, the LLaMA family."

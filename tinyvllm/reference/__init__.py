@@ -1,0 +1,1 @@
+"The slow engine: the oracle of everything after it."
