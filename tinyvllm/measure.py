@@ -13,11 +13,11 @@ import json, os, platform, re, resource, statistics, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np
+from . import __version__
+from .errors import BadInput
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.codegen import to_program_cache
 from tinygrad.helpers import GlobalCounters
-from . import __version__
-from .errors import BadInput
 
 # %% auto #0
 __all__ = ['Counts', 'counting', 'Timing', 'synchronize', 'timed', 'peak_memory', 'read_bandwidth', 'gpu_read_bandwidth',

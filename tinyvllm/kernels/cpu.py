@@ -4,11 +4,11 @@
 
 # %% ../../nbs/06b_cpu.ipynb #a96ff7c1
 from __future__ import annotations
-from tinygrad import Tensor, dtypes
 from ..errors import BadInput
 from .metal import Kernel
 from ..kv_cache.paged import PagedBatch
 from .simd import check_shapes
+from tinygrad import Tensor, dtypes
 
 # %% auto #0
 __all__ = ['FOLDED', 'VECTORS', 'MATMUL', 'C_TYPES', 'KV_WRITE', 'EXPONENTIAL', 'DOTS', 'PRODUCT', 'WEIGH', 'DESK', 'WAYS',

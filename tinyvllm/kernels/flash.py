@@ -7,7 +7,6 @@ from __future__ import annotations
 from functools import cache
 from math import e, log2
 import warnings
-from tinygrad import Tensor, dtypes
 from .cpu import cpu_attend, kv_write as cpu_kv_write
 from ..errors import BadInput
 from ..models.llama import Llama
@@ -15,6 +14,7 @@ from .metal import FOLLOW, Kernel
 from ..kv_cache.paged import PagedBatch, PagedKVCache, paged_attend
 from .simd import KernelKVCache, check_attention, check_shapes, element, kv_write
 from .softmax import decode_attend
+from tinygrad import Tensor, dtypes
 
 # %% auto #0
 __all__ = ['PARAMETERS', 'FIND', 'BEGIN', 'BARRIER', 'LOAD', 'SCORES', 'VALUES', 'STORE', 'FLASH_TILED', 'TILES', 'MATRIX_BEGIN',

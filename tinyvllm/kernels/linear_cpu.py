@@ -6,9 +6,9 @@
 from __future__ import annotations
 import re
 from functools import cache
-from tinygrad import Tensor, dtypes
 from .cpu import C_TYPES, EXPONENTIAL, FOLDED
 from .metal import Kernel
+from tinygrad import Tensor, dtypes
 
 # %% auto #0
 __all__ = ['VECTORS', 'DENSE', 'SCALES', 'BITS8', 'BITS4', 'SCALED4', 'SHIFTED4', 'MIN4', 'ZERO4', 'SUPER4', 'SUPER6', 'EXPAND',

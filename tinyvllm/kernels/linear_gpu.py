@@ -6,9 +6,9 @@
 from __future__ import annotations
 from functools import cache
 import re
-from tinygrad import Tensor, dtypes
 from .flash import PTX
 from .metal import Kernel
+from tinygrad import Tensor, dtypes
 
 # %% auto #0
 __all__ = ['PARTS', 'PIECES', 'AFFINE', 'NIBBLES', 'SCALES', 'ATTRIBUTES', 'METAL', 'MEET', 'NORMALISE', 'LANES', 'LANES_STORE',

@@ -13,13 +13,13 @@ from math import prod
 from importlib.resources import files
 from subprocess import CalledProcessError
 from threading import Lock
+from ..errors import BadInput
+from ..metalsim.source import Parameter, Signature, rewritten, signatures
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import CompileError
 from tinygrad.dtype import DType
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
-from ..errors import BadInput
-from ..metalsim.source import Parameter, Signature, rewritten, signatures
 
 # %% auto #0
 __all__ = ['METAL_PRELUDE', 'C_PRELUDE', 'FOLLOW', 'CUDA_PRELUDE', 'DEVICES', 'defines', 'signature_of', 'launched',

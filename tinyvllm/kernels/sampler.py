@@ -6,10 +6,10 @@
 from __future__ import annotations
 import math
 from functools import cache
-from tinygrad import Tensor, dtypes
 from .cpu import EXPONENTIAL, VECTORS
 from .metal import Kernel
 from ..sampling.params import SamplingParams
+from tinygrad import Tensor, dtypes
 
 # %% auto #0
 __all__ = ['ORDER', 'C_HELPERS', 'CUT', 'C_PASSES', 'C_PEAK', 'C_DRAW', 'C_TOOLS', 'C_SAMPLE', 'M_HELPERS', 'M_PASSES', 'M_DRAW',

@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import e, log2
 import warnings
-from tinygrad import Tensor, dtypes
 from ..errors import BadInput
 from ..models.llama import Llama
 from .metal import Kernel
 from ..kv_cache.paged import PagedBatch, PagedKVCache
+from tinygrad import Tensor, dtypes
 
 # %% auto #0
 __all__ = ['MATVEC_NAIVE', 'MATVEC_COALESCED', 'PACKS', 'MATVEC_VECTOR', 'MATVEC_ROWS', 'KV_WRITE', 'DECODE_SIMPLE', 'element',

@@ -6,10 +6,10 @@
 from __future__ import annotations
 from math import e, log2
 from typing import NamedTuple
-from tinygrad import Tensor, dtypes
 from .metal import Kernel
 from ..kv_cache.paged import PagedBatch
 from .simd import check_attention, element
+from tinygrad import Tensor, dtypes
 
 # %% auto #0
 __all__ = ['QUERIES', 'SCORES', 'SOFTMAX', 'VALUES', 'MERGE', 'LIMITS', 'ONE_PASS', 'DECODE', 'HEADS', 'SIMDS', 'FILL',

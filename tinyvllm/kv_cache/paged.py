@@ -10,14 +10,14 @@ import math
 import subprocess
 import numpy as np
 import psutil
-from tinygrad import Tensor, UOp, dtypes
-from tinygrad.helpers import Context
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 from ..errors import BadInput
 from ..reference.generate import bucket
 from ..models.llama import InputBatch, Llama, ModelConfig, kv_bytes
 from ..sampling.params import Sampled
 from ..core.scheduler import Batch, Sequence
+from tinygrad import Tensor, UOp, dtypes
+from tinygrad.helpers import Context
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
 # %% auto #0
 __all__ = ['STEP_TOKENS', 'CPU_POOL', 'stored', 'PagedKVCache', 'PagedBatch', 'paged_attend', 'sampled', 'EagerRunner',

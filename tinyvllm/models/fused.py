@@ -6,7 +6,6 @@
 from __future__ import annotations
 from pathlib import Path
 import warnings
-from tinygrad import Device, Tensor, dtypes
 from ..errors import BadInput
 from ..kernels.flash import best_cache
 from .llama import (DTYPES, Layer, Linear, Llama, RMSNorm, apply_rope, load_model,
@@ -17,6 +16,7 @@ from ..quant.pack import (Packed, PackedLlama, concat, dense, embed, linear, loa
                             packed_state, swiglu)
 from ..kernels.simd import check_shapes, element
 from .weights import Checkpoint, free_cache
+from tinygrad import Device, Tensor, dtypes
 
 # %% auto #0
 __all__ = ['METAL_ROPE', 'C_ROPE', 'ROPE_WRITE', 'stacked', 'turned', 'joined', 'rope_write', 'FusedKVCache', 'FusedLayer',

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import math
 from pathlib import Path
 import numpy as np
-from tinygrad import Device, Tensor, dtypes
-from tinygrad.nn.state import get_parameters
 from ..errors import BadInput
 from .weights import Checkpoint, open_checkpoint, tensor_shapes
+from tinygrad import Device, Tensor, dtypes
+from tinygrad.nn.state import get_parameters
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'DTYPES', 'ModelConfig', 'model_config', 'check_weights', 'read_config', 'Linear', 'RMSNorm',

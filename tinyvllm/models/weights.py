@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, dtypes
-from tinygrad.device import Buffer
-from tinygrad.llm.gguf import ggml_data_to_tensor
 from ..errors import BadInput
 from .hub import (DEFAULT_MODEL, MODELS, WheelModel, bad_file, cache_dir, models_found,
                           pip_fetch, pull, pull_hub, reading, resolve, writing)
+from tinygrad import Device, Tensor, TinyJit, dtypes
+from tinygrad.device import Buffer
+from tinygrad.llm.gguf import ggml_data_to_tensor
 
 # %% auto #0
 __all__ = ['STORED', 'BLOCKS', 'HEADER_LIMIT', 'NUMBERS', 'TEXT', 'ARRAY', 'GGML', 'UNREAD', 'OUTER', 'INNER', 'CODES', 'TINY',

@@ -9,9 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, dtypes
-from tinygrad.device import Buffer
-from tinygrad.helpers import Context
 from ..errors import BadInput
 from ..kernels.flash import best_attend
 from ..models.hub import bad_file, reading
@@ -21,6 +18,9 @@ from ..kernels.simd import check_shapes
 from ..models.tokenizer import load_tokenizer
 from ..models.weights import (BLOCKS, Checkpoint, Entry, free_cache, open_checkpoint, read_tensor,
                               unpermute)
+from tinygrad import Device, Tensor, TinyJit, dtypes
+from tinygrad.device import Buffer
+from tinygrad.helpers import Context
 
 # %% auto #0
 __all__ = ['FORMATS', 'FLOATS', 'REPACK', 'TRIES', 'AWQ_ORDER', 'LINEARS', 'PORTABLE', 'SAMPLE', 'ENDS', 'Format', 'format_of',

@@ -5,9 +5,9 @@
 # %% ../../nbs/01c_kvcache.ipynb #5ca9d08e
 from __future__ import annotations
 from itertools import takewhile
-from tinygrad import Tensor, UOp, Variable
 from .generate import bucket
 from ..models.llama import InputBatch, Llama
+from tinygrad import Tensor, UOp, Variable
 
 # %% auto #0
 __all__ = ['written', 'KVCache', 'reuse']

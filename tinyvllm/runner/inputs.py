@@ -10,10 +10,10 @@ from functools import lru_cache
 from itertools import accumulate
 import numpy as np
 from numpy.random import Philox
-from tinygrad import Device, Tensor, UOp, dtypes
 from ..kernels.metal import Kernel
 from ..kernels.sampler import wishes
 from ..core.scheduler import Batch
+from tinygrad import Device, Tensor, UOp, dtypes
 
 # %% auto #0
 __all__ = ['PREPARE_BODY', 'PREPARE_HEAD', 'THREADS', 'PREPARE', 'DESKS', 'enter', 'mapped', 'host_visible', 'page_shapes',

@@ -9,12 +9,6 @@ import time
 from collections import Counter
 from functools import cached_property
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, dtypes
-from tinygrad.device import TinyELF
-from tinygrad.engine.jit import GraphRunner
-from tinygrad.engine.realize import graph_cache
-from tinygrad.helpers import Context, GlobalCounters
-from tinygrad.nn.state import get_parameters
 from ..core.blocks import BlockManager
 from ..sampling.logits_processors import Order, fill_steering, ordered, plugged, prove, steer
 from ..errors import BadInput
@@ -26,6 +20,12 @@ from ..kv_cache.paged import EagerRunner, EngineArgs, PagedBatch
 from ..kernels.sampler import likeliest, penalise, sample
 from ..sampling.params import Sampled
 from ..core.scheduler import Batch, Scheduler, Sequence
+from tinygrad import Device, Tensor, TinyJit, dtypes
+from tinygrad.device import TinyELF
+from tinygrad.engine.jit import GraphRunner
+from tinygrad.engine.realize import graph_cache
+from tinygrad.helpers import Context, GlobalCounters
+from tinygrad.nn.state import get_parameters
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'REPLAY', 'PUBLISH', 'TOP', 'PAGES', 'captured', 'call_table', 'CPUGraph', 'overlapping', 'await_metal',

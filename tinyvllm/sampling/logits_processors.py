@@ -17,12 +17,12 @@ from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from typing import NamedTuple
 import numpy as np
-from tinygrad import Tensor, dtypes
 from ..errors import BadInput
 from ..models.llama import ModelConfig
 from ..kernels.metal import Kernel
 from .params import SamplingParams, StructuredOutputs
 from ..models.tokenizer import Tokenizer
+from tinygrad import Tensor, dtypes
 
 # %% auto #0
 __all__ = ['MISSING', 'MAX_TEXT', 'MAX_DEPTH', 'PATIENCE', 'SPACE', 'TRIAL', 'PROCESSORS', 'M_STEER', 'C_STEER', 'STEER', 'TILE',

@@ -41,8 +41,6 @@ __all__ = ['logger', 'access', 'HEADERS', 'OPEN', 'REASONS', 'router', 'ServerAr
 
 # %% ../../nbs/09g_server.ipynb #fd118e21
 import uvicorn
-from tinygrad.engine import worker
-from tinygrad.helpers import PARALLEL
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from starlette.datastructures import Headers, MutableHeaders
@@ -65,6 +63,8 @@ from .protocol import (DONE, PING, REPLIES, APIError, ChatCompletion, ChatReques
     sse, too_busy, too_large, unavailable)
 from ..sampling.params import SamplingParams
 from ..models.weights import resolve
+from tinygrad.engine import worker
+from tinygrad.helpers import PARALLEL
 
 # %% ../../nbs/09g_server.ipynb #2363cab1
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from collections import deque
 from itertools import accumulate
 from weakref import WeakKeyDictionary
 import psutil
-from tinygrad.helpers import GlobalCounters
 from ..core.blocks import BlockManager
 from ..engine.llm import EngineCore, LLMEngine, Request, StatLogger
 from ..errors import BadInput
 from ..core.scheduler import Batch, Scheduler, Sequence
+from tinygrad.helpers import GlobalCounters
 
 # %% auto #0
 __all__ = ['PREFIX', 'COUNTERS', 'PARTS', 'LABELS', 'SECONDS', 'TOKENS', 'HISTOGRAMS', 'GAUGES', 'Histogram', 'scale', 'Tally',
