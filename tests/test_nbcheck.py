@@ -89,6 +89,8 @@ CHANGES = {
     'spaced directive': ('value', code('# | export\nx = 1'), 'without a space'),
     'metadata': ('value', {**code('x = 1'), 'metadata': {'tags': ['hide']}}, 'directives stand in the source'),
     'mixed imports': ('imports', code('#| export\nimport math\nx = math.pi'), 'imports stand in a cell'),
+    'tinygrad first': ('imports', code('#| export\nfrom tinygrad import Tensor\nimport tinyvllm'), 'before tinyvllm'),
+    'tinygrad alone': ('imports', code('import tinygrad.helpers, tinyvllm'), 'before tinyvllm'),
     'no last cell': ('last', code('x = 1'), 'the last code cell'),
     'last cell shown': ('last', code('import nbdev; nbdev.nbdev_export()'), 'the last code cell'),
     'error output': ('value', code('1/0', {'output_type': 'error', 'ename': 'ZeroDivisionError'}), 'an error in the stored'),
@@ -111,6 +113,12 @@ def test_planted_fault_is_found(fault, tmp_path):
     cell, planted, message = CHANGES[fault]
     found = faults({**chapter(), cell: planted}, tmp_path)
     assert any(message in f for f in found), found
+
+
+@pytest.mark.parametrize('imports', ['import tinyvllm, tinygrad', 'import math\nfrom tinyvllm.core import blocks\nfrom tinygrad import Tensor'])
+def test_tinyvllm_before_tinygrad_is_right(imports, tmp_path):
+    later = code('from tinygrad import dtypes')
+    assert faults({**chapter(), 'imports': code(imports), 'value': later}, tmp_path) == []
 
 
 def test_sections_out_of_order(tmp_path):

@@ -151,6 +151,26 @@ def imports_alone(cells):
             yield i, 'imports stand in a cell of their own: the site build runs cells that import'
 
 
+def package_first(cells):
+    "tinyvllm finds the device and the compiler, and tinygrad reads them when it is imported."
+    for i, package in imported(cells):
+        if package == 'tinygrad':
+            yield i, 'imports tinygrad before tinyvllm, which finds the device and the compiler'
+        if package in ('tinygrad', 'tinyvllm'):
+            return
+
+
+def imported(cells):
+    "(cell number, package) of each import, in the order in which they run."
+    for i, c in enumerate(cells):
+        nodes = [n for s in c.body for n in ast.walk(s)] if c.runs else []
+        imports = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
+        for node in sorted(imports, key=lambda n: n.lineno):
+            is_from = isinstance(node, ast.ImportFrom)
+            for name in [node.module or ''] if is_from else [a.name for a in node.names]:
+                yield i, name.split('.')[0]
+
+
 def ends_with_export(cells):
     if any('default_exp' in c.directives for c in cells):
         last = [c for c in cells if c.kind == 'code'][-1]
@@ -209,7 +229,7 @@ def figures(cells):
         yield 0, f'{len(drawn)} figures: at least two'
 
 
-EVERY = [sizes, directives, imports_alone, ends_with_export, outputs, executed, unfinished]
+EVERY = [sizes, directives, imports_alone, package_first, ends_with_export, outputs, executed, unfinished]
 CHAPTER = [has_title, has_sections, exercises, figures]  # not for index.ipynb, the front page
 
 
