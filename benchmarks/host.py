@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from peers import RESULTS, write_row
-from tinyvllm.cli.main import bench
+from tinyvllm.cli import bench
 from tinyvllm.engine import llm as engine
 from tinyvllm.runner import jit as runner
 from tinyvllm.core import scheduler

@@ -15,7 +15,7 @@ from bisect import bisect_left
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from peers import RESULTS, write_row
-from tinyvllm.cli.main import bench
+from tinyvllm.cli import bench
 from tinyvllm.engine.llm import EngineCore, StatLogger, make_engine
 from tinyvllm.models.fused import best_model, fused
 from tinyvllm.models.llama import Llama, model_config

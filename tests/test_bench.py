@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tinyvllm.cli.main import bench
+from tinyvllm.cli import bench
 from tinyvllm.cli.bench import (Load, Run, Trace, layer_kernels, open_model, open_reference, percentiles, random_state,
                             speed, traffic)
 from tinyvllm.cli.main import main, parser

@@ -10,7 +10,7 @@ from tinygrad import Tensor
 
 from tinyvllm.kernels import cpu
 
-from tinyvllm.cli.main import doctor
+from tinyvllm.cli import doctor
 from tinyvllm.cli.main import main
 from tinyvllm.cli.doctor import (CHECKS, REAL, SIMULATED, TOLERANCE, Attention, Check, Chunks, KVWrite, Matvec, fences,
                              mixed, relative_error, run_check)
