@@ -62,11 +62,49 @@ def compiler(folder, name, version):
     return str(path)
 
 
-def test_nothing_changes_after_tinygrad(tmp_path):
-    "But DEV: tinygrad itself writes it, where it finds a device, when it is first asked for its default."
-    out = python("import tinygrad, os; before = dict(os.environ); import tinyvllm; after = dict(os.environ); "
-                 "after.pop('DEV', None); print(before == after)", TINYVLLM_CACHE=str(tmp_path))
-    assert out == 'True'
+@needs_zig
+@pytest.mark.parametrize('before, cache', [
+    ('import tinygrad', 'cache/kernels-'), ('from tinygrad import Tensor', 'cache/kernels-'),
+    ('import os, tinygrad; os.environ["CC"] = "gcc"', 'cache/kernels-'),
+    ('from tinygrad import Tensor\ntry: Tensor([1]).exp2().tolist()\nexcept Exception: print("no compiler")', '')],
+    ids=['package', 'tensor', 'gcc', 'failed'])
+def test_a_late_import_gives_tinygrad_device_and_compiler(before, cache, tmp_path, no_clang):
+    "And the file of compiled kernels, unless tinygrad has opened its own."
+    code = (f'{before}\nimport warnings; warnings.simplefilter("error"); import tinyvllm\n'
+            'from tinygrad import Device, Tensor, helpers\nDevice.DEFAULT, (Tensor([1, 2]) + 1).tolist()\n'
+            'print(Device.DEFAULT, (Tensor([1, 2]) + 1).tolist(), helpers.CACHEDB)')
+    last = python(code, path=no_clang, HOME=str(tmp_path), TINYVLLM_CACHE=str(tmp_path / 'cache')).splitlines()[-1]
+    assert last.startswith(f'{device.best_device()} [2, 3] ') and cache in last
+
+
+def test_a_late_import_leaves_what_is_in_use(tmp_path):
+    "The device and the compiler of a process that has run a kernel, and what was set by hand."
+    clang = compiler(tmp_path, 'clang-of-ours', 'Some clang version 99')
+    code = (f'import os; os.environ.update(DEV="PYTHON", CC="{clang}", CACHEDB="{tmp_path}/k.db"); from tinygrad import Tensor\n'
+            'print((Tensor([1, 2]) + 1).tolist()); before = dict(os.environ); import tinyvllm\n'
+            'from tinygrad import Device, helpers; print(before == dict(os.environ), Device.DEFAULT, helpers.CACHEDB)')
+    assert python(code).splitlines() == ['[2, 3]', f'True PYTHON {tmp_path}/k.db']
+
+
+def test_a_late_import_says_which_device_tinygrad_chose(tmp_path):
+    code = ('from tinygrad import Device; vars(Device)["_select_device"] = "NV"; import os; os.environ["DEV"] = "NV"\n'
+            'import warnings\nwith warnings.catch_warnings(record=True) as found: import tinyvllm\n'
+            'print(*[w.message for w in found], Device.DEFAULT, sep="\\n")')
+    message, chosen = python('import sys; ' + code, TINYVLLM_CACHE=str(tmp_path)).splitlines()
+    assert message == (f'tinygrad chose NV before tinyvllm was imported: import tinyvllm first for '
+                       f'{device.best_device()}, or set DEV=NV to keep it')
+    assert chosen == 'NV'
+
+
+def test_a_missing_compiler_is_named_in_one_line(tmp_path, no_clang):
+    site = tmp_path / 'hides'  # a finder in front that does not know the ziglang wheel
+    site.mkdir()
+    (site / 'sitecustomize.py').write_text(
+        "import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'ziglang' else find(n, *a)")
+    run = subprocess.run([sys.executable, '-c', 'import tinyvllm'], capture_output=True, text=True, env={
+        'PATH': no_clang, 'PYTHONPATH': f'{site}:{ROOT}', 'DEV': 'CPU', 'TINYVLLM_CACHE': str(tmp_path)})
+    assert run.returncode == 0
+    assert 'no C compiler for the CPU: install clang, or `pip install ziglang`' in run.stderr.splitlines()[0]
 
 
 def test_import_is_light(tmp_path):

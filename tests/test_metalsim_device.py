@@ -408,8 +408,9 @@ def test_tinygrads_base_classes_are_as_ours_use_them():
 
 
 def test_tinygrad_imported_first_and_without_a_compiler(tmp_path):
-    "It has no device then; ours is not put in the place of one, and importing tinyvllm is no error."
-    code = ('import tinygrad, tinyvllm, sys; from tinyvllm.metalsim import StandIn; print(StandIn in sys.meta_path)')
+    "It has no device until tinyvllm gives it the CPU; the simulated one is there and not chosen."
+    code = ('import tinygrad, tinyvllm, sys; from tinyvllm.metalsim import StandIn; '
+            'print(StandIn in sys.meta_path, tinygrad.Device.DEFAULT == "METAL")')
     environment = {'PATH': str(tmp_path), 'HOME': str(tmp_path), 'PYTHONPATH': str(ROOT)}
     done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
-    assert done.stdout == 'False\n', done.stderr
+    assert done.stdout == 'True False\n', done.stderr

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -39,14 +40,16 @@ void name(T* restrict y, T* restrict w, T* restrict x) { \\
 MATVEC(half_matvec, __fp16, half4)
 MATVEC(float_matvec, float, float4)
 """
+INSTALL_COMPILER = 'install clang, or `pip install ziglang`'
 PROBE_FLAGS = '-shared -x c -O2 -fPIC -ffreestanding -fno-math-errno -nostdlib'.split()
 PROBE_FLAGS.append('-march=native' if platform.machine() == 'x86_64' else '-mcpu=native')
 
 
 def setup() -> None:
-    "Choose for this process and its children; too late, and nothing changes, after tinygrad."
-    if 'tinygrad' in sys.modules:
-        return
+    """Choose device, compiler and kernel cache for this process and its children.
+
+    A tinygrad imported earlier gets the same choice, as far as it has not made its own.
+    """
     if not os.environ.get('DEV'):
         os.environ['DEV'] = best_device()
     asked = os.environ.get('CC')
@@ -54,6 +57,24 @@ def setup() -> None:
         os.environ['CC'] = compiler
         kernels = f"kernels-{short_hash(cpu_facts() + stamp(compiler))}.db"
         os.environ.setdefault('CACHEDB', str(writable_dir() / kernels))
+    elif os.environ['DEV'] == 'CPU':
+        warnings.warn(f'no C compiler for the CPU: {INSTALL_COMPILER}', stacklevel=3)
+    if 'tinygrad' in sys.modules:
+        update_tinygrad()
+
+
+def update_tinygrad() -> None:
+    "Hand the environment's DEV, CC and CACHEDB to a tinygrad that read them before they were set."
+    from tinygrad import Device, helpers
+    helpers.getenv.cache_clear()  # CC is read at each compilation, through this cache
+    if helpers._db_connection is None:
+        helpers.CACHEDB = os.environ.get('CACHEDB', helpers.CACHEDB)
+    if not helpers.DEV.device:
+        helpers.DEV.value = os.environ['DEV']
+    chosen, best = vars(Device).get('_select_device'), best_device()
+    if chosen and chosen != best:
+        warnings.warn(f'tinygrad chose {chosen} before tinyvllm was imported: import tinyvllm first '
+                      f'for {best}, or set DEV={chosen} to keep it', stacklevel=4)
 
 
 def best_device() -> str:
@@ -217,7 +238,7 @@ def compiler_name() -> str:
     if Path(compiler).name.startswith('zig-cc-'):
         from importlib.metadata import version
         return f"zig {version('ziglang')} (ziglang wheel)"
-    return first_line(compiler) or 'none (install clang, or `pip install ziglang`)'
+    return first_line(compiler) or f'none ({INSTALL_COMPILER})'
 
 
 def first_line(compiler: str) -> str:

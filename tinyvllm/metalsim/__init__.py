@@ -60,12 +60,7 @@ def install() -> None:
     """Answer for METAL from now on, unless this is a Mac, where the real one does.
 
     A hook, and not a module put in place, so that nothing is imported before METAL is asked for.
+    The default device is chosen by then: tinygrad, left alone, would try METAL before all others.
     """
-    if sys.platform == 'darwin' or StandIn in sys.meta_path:
-        return
-    if tinygrad := sys.modules.get('tinygrad'):
-        try:
-            tinygrad.Device.DEFAULT  # settle it first: tinygrad tries METAL before all others
-        except RuntimeError:  # it was imported too early and knows no compiler; it must not choose METAL
-            return
-    sys.meta_path.insert(0, StandIn)
+    if sys.platform != 'darwin' and StandIn not in sys.meta_path:
+        sys.meta_path.insert(0, StandIn)
