@@ -4,12 +4,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 say() { printf '\n== %s\n' "$*"; }
-state() { cksum nbs/*.ipynb README.md $(find tinyvllm -name '*.py'); }
+state() { cksum nbs/*.ipynb README.md _quarto.yml $(find tinyvllm -name '*.py'); }
 
-say 'notebooks, package and README agree'
+say 'notebooks, package, sidebar and README agree'
 before=$(state)
 nbdev_export
 nbdev_clean
+python tools/chapters.py
 python tools/readme.py
 diff <(echo "$before") <(state) || {
   echo 'out of sync: the files above were rewritten from the notebooks; look at the change and commit it'

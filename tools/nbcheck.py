@@ -1,7 +1,7 @@
 """Check that notebooks keep the shape of the course: `python tools/nbcheck.py [NOTEBOOK ...]`.
 
-Prints `file:cell: message` for each fault (cells count from 0) and exits 1; warnings alone exit 0.
-Without arguments it reads all notebooks and the package: functions there stay within 30 lines too.
+Prints `file:cell: message` for each fault (cells count from 0) and exits 1.
+Without arguments it reads all notebooks. The package itself is checked by tests/test_architecture.py.
 """
 import ast
 import json
@@ -14,12 +14,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ['Where we are', 'The problem', 'Measure it', 'The idea', 'Build it', 'Same answer?',
             'Plug it in', 'Measure again', 'What we learned', 'Exercises',
             'Where this lives elsewhere']
+APPENDIX = ['Where we are', 'Build it', 'Same answer?', 'Where this lives elsewhere']  # of plumbing: `# Appendix: ...`
+PAGES = {'index', 'architecture'}  # no chapters
 FLAGS = {'slow', 'metal', 'cuda', 'bench'}  # tst_flags in settings.ini
 EXPORTS = {'export', 'exports', 'exporti'}
 DIRECTIVES = FLAGS | EXPORTS | {'default_exp', 'hide', 'eval:', 'echo:', 'include:', 'code-fold:',
                                 'code-summary:'}
-LESSON_LINES, EXPORT_WARN, EXPORT_LINES, KERNEL_LINES = 10, 20, 30, 40
-PROSE_WORDS, CELLS, KILOBYTES, COLUMNS, EXERCISES = 120, 90, 300, 100, 3
+LESSON_LINES, EXPORT_LINES, CLASS_LINES = 10, 40, 120  # a cell with one class or one kernel may be long
+PROSE_WORDS, KILOBYTES, COLUMNS, EXERCISES = 120, 400, 100, 3
+MODULE_LINES, WORDS_A_LINE = 300, 3  # of a notebook: exported lines at most, words of prose for each at least
 PRIVATE = re.compile(r'/(?:tmp|home|root|Users|var/folders)/[\w.-]*|\b0x[0-9a-f]{8,}\b')
 LAST_CELL = 'import nbdev; nbdev.nbdev_export()'
 
@@ -80,25 +83,38 @@ def has_title(cells):
         yield 0, 'the first cell is `# Title`, an empty line, `> one-line promise`'
 
 
+def is_appendix(cells):
+    return bool(cells) and cells[0].source.startswith('# Appendix: ')
+
+
 def has_sections(cells):
+    sections = APPENDIX if is_appendix(cells) else SECTIONS
     found = [(i, h.strip()) for i, c in enumerate(cells) if c.kind == 'markdown'
              for h in re.findall(r'^## (.+)$', c.source, re.M)]
-    if [h for _, h in found] == SECTIONS:
+    if [h for _, h in found] == sections:
         return
-    if missing := [name for name in SECTIONS if name not in [h for _, h in found]]:
+    if missing := [name for name in sections if name not in [h for _, h in found]]:
         yield 0, 'missing sections: ' + ', '.join(f'`## {name}`' for name in missing)
     for i, name in found:
-        if name not in SECTIONS:
-            yield i, f'`## {name}` is not one of the eleven sections: use `###`'
-    known = [(i, h) for i, h in found if h in SECTIONS]
+        if name not in sections:
+            yield i, f'`## {name}` is not one of the {len(sections)} sections: use `###`'
+    known = [(i, h) for i, h in found if h in sections]
     for (_, before), (i, name) in zip(known, known[1:]):
-        if SECTIONS.index(name) <= SECTIONS.index(before):
+        if sections.index(name) <= sections.index(before):
             yield i, f'`## {name}` comes after `## {before}`'
 
 
+def has_prose(cells):
+    "A module that can be read in one sitting, and enough words about it."
+    lines = sum(c.lines for c in cells if c.exported)
+    words = sum(prose_words(c.source) for c in cells if c.kind == 'markdown')
+    if lines > MODULE_LINES:
+        yield 0, f'{lines} exported lines: at most {MODULE_LINES}; split by noun'
+    if words < WORDS_A_LINE * lines:
+        yield 0, f'{words} words for {lines} exported lines: at least {WORDS_A_LINE} for each'
+
+
 def sizes(cells):
-    if len(cells) > CELLS:
-        yield 0, f'{len(cells)} cells: at most {CELLS}'
     for i, c in enumerate(cells):
         if c.kind == 'markdown':
             if (words := prose_words(c.source)) > PROSE_WORDS:
@@ -106,25 +122,30 @@ def sizes(cells):
             continue
         if c.lines > (limit := line_limit(c)):
             yield i, f'{c.lines} lines: at most {limit} here'
-        elif c.exported and limit == EXPORT_LINES and c.lines > EXPORT_WARN:
-            yield i, f'warning: {c.lines} lines: {EXPORT_WARN} read better'
         if (columns := max(map(len, c.source.splitlines()), default=0)) > COLUMNS:
             yield i, f'{columns} columns: at most {COLUMNS}'
 
 
 def prose_words(text):
-    "Words outside code blocks, tables, headings and link targets."
+    "Words outside code blocks, tables, headings, link targets and what tools/chapters.py writes."
     text = re.sub(r'```.*?```', '', text, flags=re.S)
-    text = re.sub(r'^(\||#+ ).*$|\]\([^)]*\)', '', text, flags=re.M)
+    text = re.sub(r'^(\||#+ |\*\*Next:|\*\*Part |- \d\d\w* \[).*$|\]\([^)]*\)', '', text, flags=re.M)
     return len(re.findall(r"\w[\w'-]*", text))
 
 
 def line_limit(cell):
-    "A kernel's source may be longest; exported, hidden and folded cells longer than the lesson."
-    if len(cell.body) == 1 and isinstance(getattr(cell.body[0], 'value', None), ast.Constant):
-        return KERNEL_LINES
+    "A class and a kernel's text may be longest, other exported, hidden and folded cells longer than the lesson."
+    whole = len(cell.body) == 1 and (isinstance(cell.body[0], ast.ClassDef) or holds_text(cell.body[0]))
     folded = 'hide' in cell.directives or cell.directives.get('code-fold:') == 'true'
+    if cell.exported and whole:
+        return CLASS_LINES
     return EXPORT_LINES if cell.exported or folded else LESSON_LINES
+
+
+def holds_text(statement):
+    "Is it `NAME = ...` with a string of several lines, such as the source of a kernel?"
+    value = getattr(statement, 'value', None)
+    return any(isinstance(n, ast.Constant) and isinstance(n.value, str) and '\n' in n.value for n in ast.walk(value)) if value else False
 
 
 def directives(cells):
@@ -230,7 +251,8 @@ def figures(cells):
 
 
 EVERY = [sizes, directives, imports_alone, package_first, ends_with_export, outputs, executed, unfinished]
-CHAPTER = [has_title, has_sections, exercises, figures]  # not for index.ipynb, the front page
+COURSE = [has_title, has_sections, has_prose]  # of chapters and appendices
+CHAPTER = [exercises, figures]
 
 
 def check_notebook(path):
@@ -238,7 +260,8 @@ def check_notebook(path):
     path, cells = Path(path), read_cells(Path(path))
     if (size := path.stat().st_size) > KILOBYTES * 1024:
         yield 0, f'{size // 1024} KB: at most {KILOBYTES}'
-    for rule in EVERY + (CHAPTER if path.stem != 'index' else []):
+    rules = [] if path.stem in PAGES else COURSE if is_appendix(cells) else COURSE + CHAPTER
+    for rule in EVERY + rules:
         yield from rule(cells)
 
 
@@ -253,25 +276,13 @@ def check_owners(paths):
                 owners.setdefault(module, path.name)
 
 
-def check_module(path):
-    "Functions of the package that are longer than a screen."
-    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            if (lines := node.end_lineno - node.lineno + 1) > EXPORT_LINES:
-                yield node.lineno, f'{node.name}: {lines} lines: at most {EXPORT_LINES}'
-
-
 def main(args):
     paths = [Path(a) for a in args] or sorted((ROOT / 'nbs').glob('*.ipynb'))
     faults = [(p, i, m) for p in paths for i, m in check_notebook(p)] + list(check_owners(paths))
-    modules = [] if args else sorted((ROOT / 'tinyvllm').rglob('*.py'))
-    faults += [(p, i, m) for p in modules for i, m in check_module(p)]
     for path, i, message in faults:
         print(f'{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{i}: {message}')
-    errors = sum(not m.startswith('warning') for _, _, m in faults)
-    print(f'{len(paths)} notebooks, {len(modules)} modules: '
-          f'{errors} faults, {len(faults) - errors} warnings')
-    return 1 if errors else 0
+    print(f'{len(paths)} notebooks, {len(faults)} faults')
+    return 1 if faults else 0
 
 
 if __name__ == '__main__':
