@@ -25,7 +25,7 @@ from itertools import cycle
 from pathlib import Path
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
-from peers import RESULTS, write_row
+from common import RESULTS, write_row
 from tinyvllm.cli import bench
 from tinyvllm.engine import llm as engine
 from tinyvllm.runner import jit as runner
@@ -33,7 +33,8 @@ from tinyvllm.core import scheduler
 from tinyvllm.models.fused import fused
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import commit, machine_name
-from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.models.weights import tiny_checkpoint
 
 OUT, HERE = RESULTS / 'host.jsonl', Path(__file__).resolve().parents[1]

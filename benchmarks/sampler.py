@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
-from peers import RESULTS, write_row
+from common import RESULTS, write_row
 from tinygrad import Device, Tensor
 from tinyvllm.models.llama import InputBatch, NoCache, dense_attend, load_model
 from tinyvllm.measure import machine_name
 from tinyvllm.runner.jit import captured
 from tinyvllm.kernels.sampler import likeliest, sample, wishes
-from tinyvllm.sampling.params import Sampler, SamplingParams, uniform
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import Sampler, draw_uniform
 from tinyvllm.models.tokenizer import load_tokenizer
 from tinyvllm.models.weights import resolve
 
@@ -43,7 +44,7 @@ def real_logits(rows):
 def drawn(logits, params, positions):
     "What the kernel chooses, for one setting a row."
     table = np.array([wishes(p) for p in params], np.float32)
-    table[:, 4] = [min(uniform(p.seed, i), 1 - 2**-24) for p, i in zip(params, positions)]
+    table[:, 4] = [min(draw_uniform(p.seed, i), 1 - 2**-24) for p, i in zip(params, positions)]
     ids, scores = sample(logits, Tensor(table))
     Tensor.realize(ids, scores)
     return ids.numpy()

@@ -8,18 +8,17 @@ is involved. A row is the median over the steps, with the slowest one in a hundr
 1,000 waiting shows what a long queue costs: nothing, since only its head is looked at.
 """
 import argparse
-import json
 import statistics
 import time
-from datetime import date
-from pathlib import Path
 
+from common import RESULTS, write_row
 from tinyvllm.core.blocks import BlockManager
-from tinyvllm.measure import commit, machine_name
-from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.measure import machine_name
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.core.scheduler import Scheduler, Sequence
 
-OUT = Path(__file__).parent / 'results' / 'scheduler.jsonl'
+OUT = RESULTS / 'scheduler.jsonl'
 CASES = [(1, 0), (16, 0), (64, 0), (256, 0), (256, 1000)]    # running, waiting
 STEPS, WARMUP, PROMPT, BLOCK = 1000, 20, 64, 16
 
@@ -52,21 +51,19 @@ def measure(running, waiting):
 
 def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    about = dict(machine=machine_name(), commit=commit(), date=date.today().isoformat(),
-                 command='python benchmarks/scheduler.py')
+    about = dict(machine=machine_name())
     micro = lambda seconds: round(seconds * 1e6, 1)
-    with OUT.open('a', encoding='utf-8') as out:
-        for running, waiting in CASES:
-            times = measure(running, waiting)
-            steps = sorted(map(sum, times))
-            schedule, update = (statistics.median(t) for t in zip(*times))
-            row = dict(running=running, waiting=waiting, median_of=STEPS,
-                       step_us=micro(statistics.median(steps)), slow_us=micro(steps[STEPS * 99 // 100]),
-                       schedule_us=micro(schedule), update_us=micro(update), **about)
-            print(f"{running} running, {waiting} waiting: {row['step_us']} us a step "
-                  f"({row['schedule_us']} schedule, {row['update_us']} update; "
-                  f"99 of 100 within {row['slow_us']})")
-            out.write(json.dumps(row) + '\n')
+    for running, waiting in CASES:
+        times = measure(running, waiting)
+        steps = sorted(map(sum, times))
+        schedule, update = (statistics.median(t) for t in zip(*times))
+        row = dict(running=running, waiting=waiting, median_of=STEPS,
+                   step_us=micro(statistics.median(steps)), slow_us=micro(steps[STEPS * 99 // 100]),
+                   schedule_us=micro(schedule), update_us=micro(update), **about)
+        print(f"{running} running, {waiting} waiting: {row['step_us']} us a step "
+              f"({row['schedule_us']} schedule, {row['update_us']} update; "
+              f"99 of 100 within {row['slow_us']})")
+        write_row(OUT, row)
 
 
 if __name__ == '__main__':

@@ -14,10 +14,12 @@ from test_cli import in_process
 
 from tinyvllm.cli.batchfile import HELD, BatchRun, as_line, run_batch
 from tinyvllm.core.blocks import BlockManager
-from tinyvllm.engine.llm import EngineCore, LLMEngine
+from tinyvllm.engine.llm import LLMEngine
+from tinyvllm.engine.core import EngineCore
 from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import model_config
-from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.core.scheduler import Scheduler
 from tinyvllm.models.tokenizer import load_tokenizer
 from tinyvllm.models.weights import save_safetensors, tiny_checkpoint
@@ -283,7 +285,7 @@ def test_options_of_the_command_line(folder, tmp_path, capsys, monkeypatch):  # 
     prompts, out = written(tmp_path / 'p', {'prompt': 'a'}, {'prompt': 'a', 'max_tokens': 2}), tmp_path / 'o'
     made = []
     def engine(*args, **sizes): made.append(sizes); raise BadInput('stop here')
-    monkeypatch.setattr('tinyvllm.engine.llm.load_engine', engine)
+    monkeypatch.setattr('tinyvllm.engine.defaults.load_engine', engine)
     code, printed, err = in_process(capsys, *batch_args(folder, prompts, out))
     assert made == [dict(dtype='auto', quantization=None, max_num_seqs=2, num_blocks=9, max_num_batched_tokens=4)]
     assert code == 2 and printed == '' and err == 'tinyvllm: error: stop here\n'

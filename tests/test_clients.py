@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field  # noqa: E402
 from tinyvllm.engine.llm import LLM  # noqa: E402
 from tinyvllm.reference.generate import answer_logits  # noqa: E402
 from tinyvllm.models.llama import load_model  # noqa: E402
-from tinyvllm.sampling.params import log_softmax  # noqa: E402
+from tinyvllm.sampling.sampler import log_softmax
 from tinyvllm.server.app import serving  # noqa: E402
 from tinyvllm.models.tokenizer import load_tokenizer  # noqa: E402
 

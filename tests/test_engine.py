@@ -12,13 +12,18 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tinyvllm.core.blocks import BlockManager
-from tinyvllm.engine.llm import LLM, AsyncEngine, make_engine, warm_up
+from tinyvllm.engine.llm import LLM
+from tinyvllm.engine.defaults import make_engine
+from tinyvllm.engine.warmup import warm_up
+from tinyvllm.engine.async_llm import AsyncEngine
 from tinyvllm.errors import BadInput
 from tinyvllm.reference.generate import Generation, bucket, generate
 from tinyvllm.reference.kvcache import KVCache
 from tinyvllm.models.llama import InputBatch, Llama, NoCache, dense_attend, load_model, model_config
-from tinyvllm.kv_cache.paged import EagerRunner, PagedKVCache, paged_attend
-from tinyvllm.sampling.params import Sampler, SamplingParams
+from tinyvllm.kv_cache.paged import PagedKVCache, paged_attend
+from tinyvllm.runner.eager import EagerRunner
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import Sampler
 from tinyvllm.core.scheduler import Scheduler
 from tinyvllm.models.tokenizer import load_tokenizer
 from tinyvllm.models.weights import resolve, tiny_checkpoint
@@ -539,7 +544,7 @@ def test_a_stop_string_may_stay_and_may_have_to_wait(model):
 
 
 def test_a_reader_that_leaves_is_counted_once(model):
-    from tinyvllm.engine.llm import StatLogger
+    from tinyvllm.engine.outputs import StatLogger
 
     class Counts(StatLogger):
         def __init__(self): self.told = []

@@ -11,14 +11,15 @@ from tinygrad import Tensor, dtypes
 
 from tinyvllm.runner import inputs as module
 from tinyvllm.core.blocks import BlockManager
-from tinyvllm.engine.llm import make_engine
+from tinyvllm.engine.defaults import make_engine
 from tinyvllm.models.fused import fused
 from tinyvllm.runner.inputs import DESKS, Inputs, Page, chances, host_visible, laid_out, page_shapes, piece
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.runner.jit import Mail
 from tinyvllm.kernels.sampler import wishes
-from tinyvllm.sampling.params import Sampled, SamplingParams, uniform
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import Sampled, draw_uniform
 from tinyvllm.core.scheduler import Batch, Sequence
 from tinyvllm.models.weights import tiny_checkpoint
 
@@ -84,7 +85,7 @@ def expected(batch, places, last, later, tokens, rows):
         ends.append(at - 1)
         odds[row] = wishes(seq.params)
         if not seq.params.greedy:
-            u = uniform(seq.params.seed, len(seq.sampled) + seq.in_flight + later)
+            u = draw_uniform(seq.params.seed, len(seq.sampled) + seq.in_flight + later)
             odds[row, 4] = min(u, 1 - 2**-24)
     return made | dict(rows=ends + [at - 1] * (rows - len(ends)), wishes=odds)
 
@@ -190,7 +191,7 @@ def test_a_wrong_text_is_found(old, new, monkeypatch):
 def test_chances_are_those_of_sampling(seed, place):
     got = chances(seed, place // 64)
     assert got.shape == (64,) and got.dtype == np.float32 and got.max() < 1
-    assert got[place % 64] == np.float32(min(uniform(seed, place), 1 - 2**-24))
+    assert got[place % 64] == np.float32(min(draw_uniform(seed, place), 1 - 2**-24))
 
 
 def test_a_chance_never_rounds_to_one(monkeypatch):

@@ -12,13 +12,16 @@ from hypothesis import given, settings, strategies as st
 
 from tinyvllm.server import metrics as module
 from tinyvllm.core.blocks import BlockManager
-from tinyvllm.engine.llm import AsyncEngine, EngineCore, LLMEngine
+from tinyvllm.engine.llm import LLMEngine
+from tinyvllm.engine.async_llm import AsyncEngine
+from tinyvllm.engine.core import EngineCore
 from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import model_config
 from tinyvllm.server.metrics import (COUNTERS, GAUGES, HISTOGRAMS, LABELS, PARTS, PREFIX, SECONDS, Histogram, Metrics, fragmentation,
                               metered, per_second, scale)
 from tinyvllm.runner.jit import AsyncScheduler
-from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.core.scheduler import Scheduler
 from tinyvllm.models.weights import tiny_checkpoint
 

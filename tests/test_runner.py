@@ -15,17 +15,18 @@ from tinygrad import Device, Tensor, TinyJit
 from test_scheduler import EOS, alone, next_token, prompt
 from tinyvllm.runner import jit as runner
 from tinyvllm.core.blocks import BlockManager
-from tinyvllm.engine.llm import make_engine
+from tinyvllm.engine.defaults import make_engine
 from tinyvllm.errors import BadInput
-from tinyvllm.kernels.flash import best_attend, best_cache
+from tinyvllm.engine.defaults import best_attend, best_cache
 from tinyvllm.models.fused import fused
 from tinyvllm.reference.generate import same_greedy
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import counting
 from tinyvllm.kernels.metal import Kernel
-from tinyvllm.kv_cache.paged import EagerRunner
+from tinyvllm.runner.eager import EagerRunner
 from tinyvllm.runner.jit import ARGUMENTS, AsyncScheduler, CPUGraph, JitRunner, Mail, graph_shape, power_of_four
-from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.core.scheduler import Scheduler, Sequence, Status
 from tinyvllm.models.weights import tiny_checkpoint
 

@@ -16,7 +16,9 @@ from tinyvllm.kernels import sampler as module
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.metalsim import MetalError, counting
 from tinyvllm.kernels.sampler import likeliest, penalise, sample, wishes
-from tinyvllm.sampling.params import Sampler, SamplingParams, log_softmax, process_logits, softmax, top_ids, uniform
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import (Sampler, log_softmax, process_logits, softmax,
+    select_top_ids, draw_uniform)
 
 simulated = pytest.mark.skipif(sys.platform == 'darwin', reason='a Mac does not check')
 cases = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -50,7 +52,7 @@ def on(device, x, dtype=np.float32):
 
 def wishes_of(params, places):
     table = np.array([wishes(p) for p in params], np.float32)
-    table[:, 4] = [min(uniform(p.seed, place), 1 - 2**-24) for p, place in zip(params, places)]
+    table[:, 4] = [min(draw_uniform(p.seed, place), 1 - 2**-24) for p, place in zip(params, places)]
     return table
 
 
@@ -79,7 +81,7 @@ def straddles(row, params, place, prompt=(), out=()):
     "Does the draw, or the edge of top-p, lie within a rounding of another token?"
     final = process_logits(row.astype(np.float64), params, {*prompt, *out}, Counter(out))
     line = np.cumsum(softmax(final))
-    gap = np.abs(line - uniform(params.seed, place)).min()
+    gap = np.abs(line - draw_uniform(params.seed, place)).min()
     wide = process_logits(row.astype(np.float64), replace(params, top_p=1.0), {*prompt, *out}, Counter(out))
     edge = np.abs(np.cumsum(np.sort(softmax(wide))[::-1]) - params.top_p).min()
     return gap < 1e-5 or params.top_p < 1 and edge < 1e-5
@@ -96,7 +98,7 @@ def check(x, params, device='CPU', prompts=None, outputs=None):
             assert not p.greedy and straddles(row, p, len(some[r]), prompt, some[r]), (p, ids[r], want.token_id)
             continue
         assert abs(logprobs[r] - want.logprob) < 1e-5 * max(1, abs(want.logprob))
-        best = top_ids(row, 20)
+        best = select_top_ids(row, 20)
         assert tops[r, :len(best)].tolist() == best.tolist()
         np.testing.assert_allclose(below[r, :len(best)], log_softmax(row.astype(np.float64))[best], rtol=1e-5, atol=1e-5)
 
@@ -210,7 +212,7 @@ def test_tokens_come_as_often_as_they_should():
     odds, n = np.float32([3, 2.5, 2.5, 2, 1, 1, 0, 0, -1, -1, -2, -np.inf]), 20_000
     params = SamplingParams(top_p=0.97, temperature=0.8, top_k=9)
     table = np.tile(np.float32(wishes(params)), (n, 1))
-    table[:, 4] = [uniform(seed, 0) for seed in range(n)]
+    table[:, 4] = [draw_uniform(seed, 0) for seed in range(n)]
     seen = np.bincount(sample(on('CPU', np.tile(odds, (n, 1))), on('CPU', table))[0].numpy(), minlength=12)
     exact = softmax(process_logits(odds.astype(np.float64), params, set(), {}))
     kept = exact > 0

@@ -12,9 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tinyvllm.errors import BadInput
-from tinyvllm.sampling.params import (Sampled, Sampler, SamplingParams, StructuredOutputs, apply_count_penalties, apply_min_p,
-                               apply_repetition_penalty, apply_temperature, apply_top_k, apply_top_p,
-                               draw, log_softmax, process_logits, softmax, top_ids, uniform)
+from tinyvllm.sampling.params import SamplingParams, StructuredOutputs
+from tinyvllm.sampling.sampler import (Sampled, Sampler, apply_count_penalties, apply_min_p,
+    apply_repetition_penalty, apply_temperature, apply_top_k, apply_top_p, draw_token,
+    log_softmax, process_logits, softmax, select_top_ids, draw_uniform)
 
 ALPHA = 1e-6
 sometimes_slow = settings(deadline=None)  # a busy machine is not a failure
@@ -108,7 +109,7 @@ named = pytest.mark.parametrize("knobs", KNOBS, ids=lambda k: "-".join(f"{n}{v}"
 
 @named
 def test_distribution_over_seeds(knobs):
-    "A fresh request per draw, in the middle of an answer, seeds 0, 1, 2, ..."
+    "A fresh request per draw_token, in the middle of an answer, seeds 0, 1, 2, ..."
     probs, gap = exact(LOGITS, PROMPT, OUTPUT, **knobs)
     assert gap > 1e-7
     samplers = (Sampler(SamplingParams(seed=s, **knobs), PROMPT, OUTPUT) for s in range(4000))
@@ -127,7 +128,7 @@ def test_distribution_of_a_large_vocabulary():
     "49,152 tokens in 64 groups of one total each, so that a shift of the line would show."
     logits = np.random.default_rng(3).normal(size=49_152).astype(np.float32) * 2
     probs = softmax(logits.astype(np.float64)).reshape(64, -1).sum(1)
-    tokens = [draw(logits.astype(np.float64), uniform(9, t)) for t in range(2000)]
+    tokens = [draw_token(logits.astype(np.float64), draw_uniform(9, t)) for t in range(2000)]
     check_shares(np.array(tokens) // 768, probs)
 
 
@@ -164,7 +165,7 @@ def by_sort(x):
 @sometimes_slow
 def test_top_ids_and_top_k(x, k):
     order = by_sort(x)[:k]
-    assert top_ids(x, k).tolist() == order
+    assert select_top_ids(x, k).tolist() == order
     out = apply_top_k(x, k)
     if k == 0 or k >= len(x): assert out is x
     else: assert out.tolist() == [v if i in order else -math.inf for i, v in enumerate(x)]
@@ -198,7 +199,7 @@ def test_min_p(x, min_p):
 
 def test_ties_go_to_the_lower_id():
     same = np.zeros(1000)
-    assert top_ids(same, 3).tolist() == [0, 1, 2]
+    assert select_top_ids(same, 3).tolist() == [0, 1, 2]
     assert np.flatnonzero(apply_top_k(same, 7) == 0).tolist() == list(range(7))
     assert np.flatnonzero(apply_top_p(same, 0.0105) == 0).tolist() == list(range(11))
     assert apply_top_p(np.zeros(4), 0.5).tolist() == [0, 0, -math.inf, -math.inf]
@@ -287,7 +288,7 @@ def test_broken_logits_are_named_and_change_nothing(row, what, temperature):
     s = Sampler(SamplingParams(temperature=temperature, seed=1))
     with pytest.raises(FloatingPointError, match="the model") as e: s(np.array(row, np.float32))
     assert what in str(e.value) and "\n" not in str(e.value)
-    assert not s.said and not s.counts and not s.seen
+    assert not s.output_token_ids and not s.counts and not s.seen
 
 
 def test_penalties_that_overflow_are_named():
@@ -318,7 +319,7 @@ def philox(key, counter):
 @sometimes_slow
 def test_uniform_is_philox_of_seed_and_position(seed, position):
     "numpy adds one to the counter before its first block."
-    assert uniform(seed, position) == (philox(seed % 2**64, position + 1) >> 11) / 2**53
+    assert draw_uniform(seed, position) == (philox(seed % 2**64, position + 1) >> 11) / 2**53
 
 
 def test_philox_known_answer():
@@ -326,8 +327,8 @@ def test_philox_known_answer():
 
 
 def test_uniform_is_uniform_along_positions_seeds_and_pairs():
-    along = np.array([uniform(0, t) for t in range(8001)])
-    across = np.array([uniform(s, 5) for s in range(8001)])
+    along = np.array([draw_uniform(0, t) for t in range(8001)])
+    across = np.array([draw_uniform(s, 5) for s in range(8001)])
     for u in (along, across):
         assert 0 <= u.min() and u.max() < 1
         check_shares((u * 32).astype(int), [1 / 32] * 32)
@@ -368,21 +369,21 @@ def test_draws_depend_on_position_not_on_history():
         a(LOGITS)
         b(np.roll(LOGITS, t))
         noise(LOGITS)
-    assert a(LOGITS).token_id == b(LOGITS).token_id == draw(np.array(LOGITS), uniform(11, 5))
+    assert a(LOGITS).token_id == b(LOGITS).token_id == draw_token(np.array(LOGITS), draw_uniform(11, 5))
 
 
 def test_draw_hits_every_token_at_its_place_and_no_forbidden_one():
     x = np.array([-math.inf, math.log(.25), -math.inf, math.log(.5), math.log(.25), -math.inf])
     us = [0, .2499, .2501, .7499, .7501, 1 - 2**-53]
-    assert [draw(x, u) for u in us] == [1, 1, 3, 3, 4, 4]
-    assert draw(np.array([0.0, -800.0, -1e30]), 1 - 2**-53) == 0  # these weights round to zero
-    assert draw(np.array([-800.0, 0.0, -800.0]), 0.0) == 1
+    assert [draw_token(x, u) for u in us] == [1, 1, 3, 3, 4, 4]
+    assert draw_token(np.array([0.0, -800.0, -1e30]), 1 - 2**-53) == 0  # these weights round to zero
+    assert draw_token(np.array([-800.0, 0.0, -800.0]), 0.0) == 1
 
 
 @given(rows, st.floats(0, 1, exclude_max=True))
 @sometimes_slow
 def test_draw_is_the_inverse_of_the_running_sum(x, u):
-    token, ps = draw(x, u), softmax(x)
+    token, ps = draw_token(x, u), softmax(x)
     assert ps[token] > 0
     assert ps[:token].sum() - 1e-12 <= u <= ps[:token + 1].sum() + 1e-12
 
@@ -482,7 +483,7 @@ def test_the_form_of_an_answer_is_one_of_five():
 
 def test_parameters_can_be_compared_hashed_and_read():
     a, b = (SamplingParams(logit_bias={3: 1}, logits_processors={"x": {"b": 1, "a": [2]}}) for _ in range(2))
-    assert a == b and hash(a) == hash(b) and a.controlled and not SamplingParams(stop="x").controlled
+    assert a == b and hash(a) == hash(b) and a.has_constraints and not SamplingParams(stop="x").has_constraints
     assert repr(SamplingParams(top_k=3)) == "SamplingParams(top_k=3)" and dataclasses.replace(a) == a
     with pytest.raises(BadInput, match="min_tokens is 9"): SamplingParams(min_tokens=9, max_tokens=8)
     with pytest.raises(BadInput, match="logits_processors"): SamplingParams(logits_processors={"x": {1: object()}})

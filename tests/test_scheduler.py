@@ -23,7 +23,8 @@ import tinyvllm.core.blocks
 import tinyvllm.core.scheduler
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.errors import BadInput
-from tinyvllm.sampling.params import Sampled, SamplingParams
+from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.core.scheduler import Batch, Scheduler, Sequence, Status
 
 VOCAB, EOS = 40, 0

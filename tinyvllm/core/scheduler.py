@@ -12,7 +12,8 @@ from functools import cache
 from heapq import heappop, heappush
 from .blocks import BlockManager
 from ..errors import BadInput
-from ..sampling.params import Sampled, Sampler, SamplingParams, report
+from ..sampling.params import SamplingParams
+from ..sampling.sampler import Sampled, Sampler, attach_logprobs
 
 # %% auto #0
 __all__ = ['Status', 'Progress', 'Sequence', 'Batch', 'scoring', 'Probe', 'WaitingQueue', 'Roster', 'Reception', 'Admission',
@@ -73,7 +74,7 @@ class Sequence(Progress):
         self.status, self.rank = Status.WAITING, (priority, 0)
         self.eos_ids = () if params.ignore_eos else eos_ids
         self.ends = {*self.eos_ids, *params.stop_token_ids}
-        self.sample = Sampler(params, prompt_ids, control=control)
+        self.sample = Sampler(params, prompt_ids, logits_processors=control)
         self.finish_reason = self.stop_reason = self.error = None
 
     def extend(self, tokens: list[Sampled]) -> None:
@@ -135,7 +136,7 @@ class Probe(Progress):
 
     def sample(self, logits) -> Sampled:
         "What `edits` force the device to say."
-        return report(logits.astype('float64'), self.target, self.params.logprobs)
+        return attach_logprobs(logits.astype('float64'), self.target, self.params.logprobs)
 
     def advance(self, n: int, spoken: int) -> None: self.owner.num_computed += 1
 
@@ -163,7 +164,7 @@ class Roster:
         self.blocks, self.waiting = blocks, WaitingQueue()
         self.running: list[Sequence] = []                # by rank
         self.sequences: dict[Hashable, Sequence] = {}    # all that have not finished, by id
-        self.ended: list[Sequence] = []                  # finished since the last report
+        self.ended: list[Sequence] = []                  # finished since the last attach_logprobs
         self.arrivals = self.preemptions = 0             # ever
 
     def enter(self, seq: Sequence) -> None:

@@ -9,16 +9,14 @@ import time
 from collections import Counter
 from functools import cached_property
 import numpy as np
-from ..core.blocks import BlockManager
 from ..sampling.logits_processors import Order, fill_steering, ordered, plugged, prove, steer
-from ..errors import BadInput
 from ..reference.generate import bucket
 from .inputs import Inputs, enter, host_visible
 from ..models.llama import Llama
-from ..kernels.metal import DEVICES, Kernel
-from ..kv_cache.paged import EagerRunner, EngineArgs, PagedBatch
+from ..kernels.metal import Kernel
+from ..kv_cache.paged import PagedBatch
 from ..kernels.sampler import likeliest, penalise, sample
-from ..sampling.params import Sampled
+from ..sampling.sampler import Sampled
 from ..core.scheduler import Batch, Scheduler, Sequence
 from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.device import TinyELF
@@ -31,7 +29,7 @@ from tinygrad.nn.state import get_parameters
 __all__ = ['ARGUMENTS', 'REPLAY', 'PUBLISH', 'TOP', 'PAGES', 'captured', 'call_table', 'CPUGraph', 'overlapping', 'await_metal',
            'Mail', 'alternatives', 'Pending', 'penalised', 'power_of_four', 'graph_shape', 'use_graph', 'Replay',
            'Step', 'Graph', 'heard', 'history', 'steering', 'Graphs', 'Steering', 'Launcher', 'JitRunner',
-           'AsyncScheduler', 'best_runner', 'best_scheduler']
+           'AsyncScheduler']
 
 # %% ../../nbs/07_tinyjit.ipynb #f53c1c6d
 def captured(
@@ -500,30 +498,3 @@ class AsyncScheduler(Scheduler):
         self.advance(batch)
         late, self.late = self.late, (batch, tokens)
         return self.settle(*late)
-
-# %% ../../nbs/07_tinyjit.ipynb #0c785eb2
-def best_runner(
-    model: Llama, # its device decides
-    cache, # where keys and values live
-    attend, # how queries look at them; must know the cache's layout
-    max_num_seqs: int = 256, # most sequences of a step
-): # -> runner(batch)
-    "Graphs where the kernels for them are proven, else one kernel after the other."
-    device = model.embedding.device.split(':')[0]
-    if device not in DEVICES or not hasattr(cache, 'num_blocks'):
-        return EagerRunner(model, cache, attend)
-    return JitRunner(model, cache, attend, max_num_seqs)
-
-def best_scheduler(
-    runner, # that it plans for
-    blocks: BlockManager, # the pool
-    args: EngineArgs, # limits
-) -> Scheduler:
-    "One that lets the device work ahead, if the runner can. Raises `BadInput`."
-    sizes = blocks, args.max_num_seqs, args.max_num_batched_tokens
-    if isinstance(runner, JitRunner):
-        return AsyncScheduler(*sizes, num_scheduler_steps=args.num_scheduler_steps)
-    if args.num_scheduler_steps > 1:
-        name = type(runner).__name__
-        raise BadInput(f'{name} reads each token at once; num_scheduler_steps is 1')
-    return Scheduler(*sizes)
