@@ -5,16 +5,14 @@
 On a CPU: a read by one thread and by one per core. On a GPU: row sums. On both: the product of SmolLM2's
 output layer (49152 x 576) with one vector, float32 and float16, bytes counted once.
 """
-import json
-from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
+from common import RESULTS, write_row
 from tinygrad import Device, Tensor, TinyJit, dtypes
-from tinyvllm.measure import commit, gpu_read_bandwidth, machine_name, read_bandwidth, timed
+from tinyvllm.measure import gpu_read_bandwidth, machine_name, read_bandwidth, timed
 
-OUT = Path(__file__).parent / 'results' / 'bandwidth.jsonl'
+OUT = RESULTS / 'bandwidth.jsonl'
 
 
 def product(dtype) -> float:
@@ -31,14 +29,11 @@ def main() -> None:
     if device.startswith('CPU'):
         probes = {'read, 1 thread': lambda: read_bandwidth(threads=1), 'read, all cores': read_bandwidth}
     probes |= {'product, float32': lambda: product(dtypes.float32), 'product, float16': lambda: product(dtypes.float16)}
-    about = dict(machine=machine_name(device), device=device, tinygrad=version('tinygrad'), commit=commit(),
-                 date=date.today().isoformat(), command='python benchmarks/bandwidth.py')
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open('a', encoding='utf-8') as file:
-        for what, probe in probes.items():
-            row = dict(what=what, gb_s=round(probe() / 1e9, 2), **about)
-            print(f"{row['machine']}: {what}: {row['gb_s']} GB/s")
-            file.write(json.dumps(row) + '\n')
+    about = dict(machine=machine_name(device), device=device, tinygrad=version('tinygrad'))
+    for what, probe in probes.items():
+        row = dict(what=what, gb_s=round(probe() / 1e9, 2), **about)
+        print(f"{row['machine']}: {what}: {row['gb_s']} GB/s")
+        write_row(OUT, row)
 
 
 if __name__ == '__main__':

@@ -14,10 +14,10 @@ import time
 from dataclasses import dataclass
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
-from peers import RESULTS, write_row
+from common import RESULTS, write_row
 from tinygrad import Device
 from tinyvllm.cli import bench
-from tinyvllm.engine.llm import make_engine
+from tinyvllm.engine.defaults import make_engine
 from tinyvllm.measure import machine_name
 from tinyvllm.sampling.params import SamplingParams
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
-from peers import RESULTS, write_row
+from common import RESULTS, write_row
 from tinygrad import Device, Tensor
 from tinyvllm.sampling.logits_processors import grammar_of, grammars_of, make_control, packed, run_trial, steer, unpacked
 from tinyvllm.engine.llm import LLM

@@ -7,30 +7,28 @@ Ours and tinygrad's run in turn, the best of each counts, and a plain read of me
 between them. Weights and pools are several, 512 MB together, so that no cache holds them. A run during which other
 processes took more than a tenth of a core does not count, as long as there are three others.
 """
-import json
 import os
 import sys
 import time
-from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 
 os.environ['DEV'] = 'CPU'
 import tinyvllm  # noqa: F401  picks the compiler before tinygrad looks
 import numpy as np
 import psutil
+from common import RESULTS, write_row
 from tinygrad import Tensor, TinyJit, dtypes
 from tinyvllm.kernels.cpu import attend, cpu_attend, kv_write, matmul, matvec
 from tinyvllm.device import compiler_name
-from tinyvllm.engine.llm import make_engine
+from tinyvllm.engine.defaults import make_engine
 from tinyvllm.models.llama import load_model
-from tinyvllm.measure import commit, machine_name, synchronize, timed
+from tinyvllm.measure import machine_name, synchronize, timed
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.kv_cache.paged import PagedBatch, paged_attend, stored
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.models.weights import resolve
 
-OUT = Path(__file__).parent / 'results' / 'cpu_kernels.jsonl'
+OUT = RESULTS / 'cpu_kernels.jsonl'
 TYPES = {'float32': dtypes.float, 'float16': dtypes.half}
 MATRICES = [(2048, 2048), (5632, 2048), (32000, 2048), (49152, 576)]
 HEADS = [(9, 3, 64), (32, 8, 64), (32, 8, 128), (32, 4, 64)]      # query heads, KV heads, size
@@ -181,19 +179,16 @@ def end_to_end(about: dict) -> None:
         row = dict(kernel='SmolLM2', rung=rung, shape=shape, dtype='float32', us=round(seconds * 1e6),
                    greedy_equal=ids == said[0], **about)
         print(rung, shape, f'{seconds:.3f} s', row['greedy_equal'], flush=True)
-        with OUT.open('a', encoding='utf-8') as file:
-            file.write(json.dumps(row) + '\n')
+        write_row(OUT, row)
 
 
 CASES = dict(matvec=case_matvec, matmul=case_matmul, kv_write=case_kv_write, decode=case_decode, prefill=case_prefill)
 
 
 def main(names) -> None:
-    about = dict(machine=machine_name('CPU'), compiler=compiler_name(), tinygrad=version('tinygrad'), commit=commit(),
-                 date=date.today().isoformat(), command='python benchmarks/cpu_kernels.py')
+    about = dict(machine=machine_name('CPU'), compiler=compiler_name(), tinygrad=version('tinygrad'))
     memory = np.zeros(TOTAL // 4, np.float32) + 1
     ghz = round(clock(), 2)
-    OUT.parent.mkdir(exist_ok=True)
     for name in names or [*CASES, 'engine']:
         if name == 'engine':
             end_to_end(about)
@@ -209,8 +204,7 @@ def main(names) -> None:
                                gflops=round(ops / s / 1e9, 1), read_gbps=round(read, 2), ghz=ghz, quiet=quiet, **about)
                     print(*(row[key] for key in ('kernel', 'rung', 'shape', 'dtype', 'us', 'gbps', 'share', 'gflops',
                                                  'read_gbps', 'quiet')), flush=True)
-                    with OUT.open('a', encoding='utf-8') as file:
-                        file.write(json.dumps(row) + '\n')
+                    write_row(OUT, row)
 
 
 if __name__ == '__main__':

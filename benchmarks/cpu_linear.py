@@ -10,7 +10,6 @@ together, keep them out of the cache. Formats run in turn, with a read of memory
 of the thread, so what others take of the core does not count, and of all calls the fastest twentieth's slowest does.
 """
 import ctypes
-import json
 import os
 import platform
 import subprocess
@@ -18,22 +17,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 os.environ['DEV'] = 'CPU'
 import tinyvllm  # noqa: F401  picks the compiler before tinygrad looks
 import numpy as np
+from common import RESULTS, write_row
 from tinygrad import Tensor, dtypes
 from tinyvllm.kernels import linear_cpu as module
 from tinyvllm.device import compiler_name
-from tinyvllm.measure import commit, machine_name
+from tinyvllm.measure import machine_name
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.quant.pack import Packed, format_of
 
-OUT = Path(__file__).parent / 'results' / 'cpu_linear.jsonl'
+OUT = RESULTS / 'cpu_linear.jsonl'
 TOTAL, SLICE = 2**27, 2**22        # bytes: all copies of a case, and what is timed at once of memory
 # name: rows, columns, what is done besides, and how often in a token
 MATRICES = {'qkv': (960, 576, 'norm', 30), 'o': (576, 576, 'add', 30), 'gate and up': (3072, 576, 'norm swiglu', 30),
@@ -158,8 +156,7 @@ def measured(memory: np.ndarray, T: int, N: int, K: int, extras: str, formats: l
 def record(row: dict) -> None:
     print(*(row[k] for k in ('kernel', 'shape', 'tokens', 'format', 'us', 'gbps', 'share', 'gflops', 'tok_s', 'read_gbps')),
           flush=True)
-    with OUT.open('a', encoding='utf-8') as file:
-        file.write(json.dumps(row) + '\n')
+    write_row(OUT, row)
 
 
 def rated(kernel: str, shape: str, T: int, name: str, s: float, nbytes: int, ops: int, read: float, about: dict) -> dict:
@@ -203,8 +200,7 @@ def large(memory: np.ndarray, about: dict, N: int = 11264, K: int = 2048) -> Non
 
 
 def main(names: list[str]) -> None:
-    about = dict(machine=machine_name('CPU'), compiler=compiler_name(), tinygrad=version('tinygrad'), peak=round(peak(), 1),
-                 commit=commit(), date=date.today().isoformat(), command='python benchmarks/cpu_linear.py')
+    about = dict(machine=machine_name('CPU'), compiler=compiler_name(), tinygrad=version('tinygrad'), peak=round(peak(), 1))
     memory = np.zeros(2**27 // 4, np.float32) + 1
     for name in names or ['matrix', 'large']:
         dict(matrix=matrices, decode=partial(matrices, many=[1]), large=large)[name](memory, about)

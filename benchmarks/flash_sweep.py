@@ -7,23 +7,21 @@
 Operations are those of the pairs that causality leaves. Without torch its column stays empty.
 """
 import argparse
-import json
 import os
-from datetime import date
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 
 os.environ.setdefault('DEV', 'CUDA')
 import tinyvllm  # noqa: E402,F401  picks device and compiler before tinygrad looks
 import numpy as np  # noqa: E402
+from common import RESULTS, write_row  # noqa: E402
 from tinygrad import Device, Tensor, TinyJit, dtypes  # noqa: E402
 from tinyvllm.cli.doctor import Chunks, REAL, run_case  # noqa: E402
 from tinyvllm.errors import BadInput  # noqa: E402
 from tinyvllm.kernels.flash import FLASH_MATRIX, FLASH_TILED, TILES, flash  # noqa: E402
-from tinyvllm.measure import commit, machine_name, timed  # noqa: E402
+from tinyvllm.measure import machine_name, timed  # noqa: E402
 
-OUT = Path(__file__).parent / 'results' / 'kernels.jsonl'
+OUT = RESULTS / 'kernels.jsonl'
 H, K, S = 32, 8, 16
 MATRIX = [dict(SIMDS=w, ROWS=r, KEYS=keys, STAGES=stages, RESIDENT=resident)
           for w, r, keys, stages, resident in (
@@ -164,14 +162,14 @@ def main() -> None:
     parser.add_argument('--quick', action='store_true', help='two shapes only')
     parser.add_argument('--write', action='store_true', help='add rows to the results')
     options = parser.parse_args()
-    about = dict(dtype='half', device='CUDA', machine=machine_name('CUDA'), tinygrad=version('tinygrad'),
-                 commit=commit(), date=date.today().isoformat(), command='python benchmarks/flash_sweep.py')
+    about = dict(dtype='half', device='CUDA', machine=machine_name('CUDA'), tinygrad=version('tinygrad'))
     print(about['machine'], {k: v for k, v in TILES.items() if 'CUDA' in k})
     rows = sweep(options.quick)
     rows += [dict(kernel='flash', rung='matrix', shape=f'16384 x {H}/{K} x {D}', extra_bytes=extra_memory(16384, D))
              for D in (64, 128)]
     if options.write:
-        with OUT.open('a', encoding='utf-8') as file: file.writelines(json.dumps(row | about) + '\n' for row in rows)
+        for row in rows:
+            write_row(OUT, row | about)
 
 
 if __name__ == '__main__':

@@ -13,12 +13,10 @@ with PyTorch's `linear`, recorded as graphs, on more data than a cache holds. A 
 left out. At the end, for each matrix: the sizes that the package chooses, and the fastest.
 """
 import argparse
-import json
 import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from functools import cache, partial
 from importlib.metadata import version
 from math import ceil
@@ -27,17 +25,18 @@ from pathlib import Path
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 import numpy as np
+from common import RESULTS, write_row
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import Context, diskcache_get, diskcache_put
 from tinyvllm.kernels import metal
 from tinyvllm.cli.doctor import repeated, simulated
 from tinyvllm.kernels.linear_gpu import gpu_embed, gpu_linear, gpu_swiglu
-from tinyvllm.measure import commit, machine_name
+from tinyvllm.measure import machine_name
 from tinyvllm.quant.pack import Packed, format_of
 from tinyvllm.runner.jit import use_graph
 from kernels import ROUNDS, Chain, TorchChain, copies, forget, race, random, reason, share_context, torch, FULL
 
-OUT = Path(__file__).parent / 'results' / 'gpu_linear.jsonl'
+OUT = RESULTS / 'gpu_linear.jsonl'
 MATRICES = {    # rows, columns, and what a layer asks of the launch
     'qkv': (2560, 2048, 'norm'), 'o': (2048, 2048, 'add'), 'gate_up': (11264, 2048, 'gated'),
     'down': (2048, 5632, 'add'), 'head': (32000, 2048, 'norm')}
@@ -349,8 +348,7 @@ def main(argv: list[str] | None = None) -> None:
         real = not simulated(device)
         if not real: small(args)
         about = dict(device=device, machine=machine_name(device), median_of=ROUNDS, tinygrad=version('tinygrad'),
-                     torch=torch and torch.__version__, commit=commit(), date=date.today().isoformat(),
-                     command=' '.join(['python benchmarks/gpu_linear.py', *(sys.argv[1:] if argv is None else argv)]))
+                     torch=torch and torch.__version__)
         print(f'{about["machine"]} ({device}), tinygrad {about["tinygrad"]}, torch {about["torch"]}', flush=True)
         if device.startswith('CUDA'):
             if torch: share_context()
@@ -394,8 +392,8 @@ def measure(args, about: dict, start: float, out: Path | None) -> list[dict]:
         for r in sorted(new, key=lambda r: r['us']):
             print(f"{time.monotonic() - start:4.0f} s {name} {what} {T}: {r['us']:8.2f} us {r['gbps']:7.1f} GB/s "
                   f"{r['tflops']:6.1f} TFLOP/s {r['rung']}", flush=True)
-        if out:
-            with out.open('a', encoding='utf-8') as file: file.writelines(json.dumps(row) + '\n' for row in new)
+        for row in new if out else ():
+            write_row(out, row)
         rows += new
     return rows
 

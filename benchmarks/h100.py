@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from peers import RESULTS, our_environment, write_row
+from common import RESULTS, our_environment, write_row
 
 HERE = Path(__file__).parent
 KINDS = 'decode', 'quant', 'prefill', 'steps'

@@ -13,7 +13,7 @@ import time
 from importlib.metadata import version
 
 import jsonschema
-from peers import RESULTS, write_row
+from common import RESULTS, write_row
 from tinyvllm.engine.llm import LLM
 from tinyvllm.measure import machine_name
 from tinyvllm.sampling.params import SamplingParams, StructuredOutputs

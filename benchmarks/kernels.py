@@ -13,12 +13,9 @@ share of prompts is that of PyTorch's flash attention.
 """
 import argparse
 import gc
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from importlib.metadata import version
 from math import ceil
@@ -26,6 +23,7 @@ from pathlib import Path
 from statistics import median
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
+from common import RESULTS, write_row
 import numpy as np
 from tinygrad import Device, Tensor, TinyJit
 from tinygrad.engine.realize import graph_cache
@@ -34,8 +32,9 @@ from tinyvllm.kernels import flash
 from tinyvllm.kernels import simd
 from tinyvllm.kernels import softmax
 from tinyvllm.cli.doctor import repeated, simulated
-from tinyvllm.measure import commit, counting, machine_name
-from tinyvllm.kv_cache.paged import PagedBatch, free_memory, paged_attend
+from tinyvllm.measure import counting, machine_name
+from tinyvllm.kv_cache.paged import PagedBatch, paged_attend
+from tinyvllm.engine.args import free_memory
 
 try:
     import torch
@@ -44,7 +43,7 @@ try:
 except ImportError:
     torch = None
 
-OUT = Path(__file__).parent / 'results' / 'kernels.jsonl'
+OUT = RESULTS / 'kernels.jsonl'
 BLOCK, ROUNDS = 16, 5      # slots of a block; times that each chain is timed
 HEADS = [(32, 8), (32, 4)]
 
@@ -424,8 +423,7 @@ def main(argv: list[str] | None = None) -> None:
         real = not simulated(device) and device.split(':')[0] in ('CUDA', 'METAL')
         sizes, out = (QUICK if args.quick else FULL) if real else TINY, args.out or (OUT if real else None)
         about = dict(device=device, machine=machine_name(device), median_of=ROUNDS, tinygrad=version('tinygrad'),
-                     torch=torch and torch.__version__, commit=commit(), date=date.today().isoformat(),
-                     command=' '.join(['python benchmarks/kernels.py', *(sys.argv[1:] if argv is None else argv)]))
+                     torch=torch and torch.__version__)
         print(f'{about["machine"]} ({device}), tinygrad {about["tinygrad"]}, torch {about["torch"]}', flush=True)
         rows = []
         for row in measure(sizes, args.only, start + 60 * args.minutes):
@@ -433,8 +431,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{time.monotonic() - start:5.0f} s  {row['kernel']} {row['shape']} {row['rung']}: {row['us']} us, "
                   f"{row['gbps']} GB/s, {row['tflops'] or 0} TFLOP/s, {row['share']} of {row['share_of']}", flush=True)
             if out:
-                out.parent.mkdir(exist_ok=True)
-                with out.open('a', encoding='utf-8') as file: file.write(json.dumps(rows[-1]) + '\n')
+                write_row(out, rows[-1])
         for kernel in ('copy', *args.only): print('\n' + markdown(rows, kernel))
 
 

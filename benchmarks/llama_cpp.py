@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
-from peers import QUIET, RESULTS, in_turn, output, quiet_sample, tinyvllm_bench, write_row
+from common import QUIET, RESULTS, in_turn, output, quiet_sample, tinyvllm_bench, write_row
 from tinyvllm.measure import machine_name, read_bandwidth
 from tinyvllm.models.weights import cache_dir, resolve
 

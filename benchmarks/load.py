@@ -18,16 +18,16 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import tinyvllm  # picks device and compiler before tinygrad looks
+from common import RESULTS, write_row
 from tinygrad import Device, Tensor, dtypes
-from tinyvllm.measure import commit, machine_name, peak_memory
+from tinyvllm.measure import machine_name, peak_memory
 from tinyvllm.models.weights import open_checkpoint, resolve, save_safetensors
 
-OUT = Path(__file__).parent / 'results' / 'load.jsonl'
+OUT = RESULTS / 'load.jsonl'
 RUNS, POINTS = 3, 60
 
 
@@ -93,8 +93,7 @@ def main():
     parser.add_argument('--one', nargs=3, metavar=('WAY', 'PATH', 'DTYPE'), help='one load in this process')
     if (args := parser.parse_args()).one:
         return one_run(*args.one)
-    about = dict(machine=machine_name(), device=Device.DEFAULT, tinygrad=version('tinygrad'), commit=commit(),
-                 date=date.today().isoformat(), command='python benchmarks/load.py')
+    about = dict(machine=machine_name(), device=Device.DEFAULT, tinygrad=version('tinygrad'))
     with tempfile.TemporaryDirectory() as folder:
         fresh('save', resolve('smollm2'), str(Path(folder) / 'f16'))
         files = {'GGUF, Q4_1': resolve('smollm2'), 'safetensors, F16': Path(folder) / 'f16'}
@@ -107,15 +106,14 @@ def main():
                 result = fresh(way, files[file], dtype)
                 if i:
                     runs[case].append(result)
-    with OUT.open('a', encoding='utf-8') as out:
-        for (file, way, dtype), results in runs.items():
-            middle = statistics.median_low(r['seconds'] for r in results)
-            run = next(r for r in results if r['seconds'] == middle)
-            row = dict(model='SmolLM2-135M', file=file, way=way, dtype=dtype, median_of=RUNS,
-                       gb_s=round(run['final_bytes'] / run['seconds'] / 1e9, 3), **run, **about)
-            print(f"{file} -> {dtype}, {way}: {row['seconds']} s, {row['gb_s']} GB/s, "
-                  f"peak {row['peak_bytes'] / 1e6:.0f} MB for {row['final_bytes'] / 1e6:.0f} MB of weights")
-            out.write(json.dumps(row) + '\n')
+    for (file, way, dtype), results in runs.items():
+        middle = statistics.median_low(r['seconds'] for r in results)
+        run = next(r for r in results if r['seconds'] == middle)
+        row = dict(model='SmolLM2-135M', file=file, way=way, dtype=dtype, median_of=RUNS,
+                   gb_s=round(run['final_bytes'] / run['seconds'] / 1e9, 3), **run, **about)
+        print(f"{file} -> {dtype}, {way}: {row['seconds']} s, {row['gb_s']} GB/s, "
+              f"peak {row['peak_bytes'] / 1e6:.0f} MB for {row['final_bytes'] / 1e6:.0f} MB of weights")
+        write_row(OUT, row)
 
 
 if __name__ == '__main__':

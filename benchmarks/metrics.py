@@ -14,10 +14,13 @@ import timeit
 from bisect import bisect_left
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
-from peers import RESULTS, write_row
+from common import RESULTS, write_row
 from tinyvllm.cli import bench
-from tinyvllm.engine.llm import EngineCore, StatLogger, make_engine
-from tinyvllm.models.fused import best_model, fused
+from tinyvllm.engine.defaults import make_engine
+from tinyvllm.engine.core import EngineCore
+from tinyvllm.engine.outputs import StatLogger
+from tinyvllm.models.fused import fused
+from tinyvllm.engine.defaults import best_model
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import machine_name
 from tinyvllm.server.metrics import SECONDS, MeteredCore, Metrics, StepStats, metered

@@ -13,23 +13,22 @@ import math
 import os
 import sys
 import time
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 os.environ['DEV'] = 'CPU'
 import tinyvllm  # noqa: F401  picks the compiler before tinygrad looks
 import numpy as np
+from common import RESULTS, write_row
 from tinygrad import Tensor
 from tinyvllm.quant import pack as Q
 from tinyvllm.kernels.cpu import cpu_attend, matmul
 from tinyvllm.models.llama import Linear, Llama
-from tinyvllm.measure import commit
 from tinyvllm.models.tokenizer import load_tokenizer
 from tinyvllm.models.weights import open_checkpoint, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-OUT = ROOT / 'benchmarks' / 'results' / 'quant.jsonl'
+OUT = RESULTS / 'quant.jsonl'
 TEXT = ROOT / 'nbs' / 'data' / 'prose.txt'
 FORMATS = ['f32', 'f16', 'stored', 'int8', 'int8-g32', 'q4_1', 'int4-g32', 'int4-g64', 'int4-g32-zp',
            'int4-g32, all alike']
@@ -79,11 +78,9 @@ def main(names):
         row, said, best = measured(config, checkpoint, name, ids, care)
         row |= {'over_f16': math.exp(base.mean() - said.mean()) - 1, 'agree': float((best == likeliest).mean()),
                 'largest_difference': float(np.abs(said - base).max()), 'tokens': len(said), 'text': TEXT.name,
-                'model': 'SmolLM2-135M-Instruct Q4_1', 'tinygrad': version('tinygrad'), 'commit': commit(),
-                'date': str(date.today()), 'command': 'python benchmarks/quant_quality.py'}
+                'model': 'SmolLM2-135M-Instruct Q4_1', 'tinygrad': version('tinygrad')}
         print(json.dumps(row), flush=True)
-        with OUT.open('a') as file:
-            file.write(json.dumps(row) + '\n')
+        write_row(OUT, row)
 
 
 if __name__ == '__main__':

@@ -17,14 +17,14 @@ import time
 from importlib.metadata import version
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
-from peers import RESULTS, write_row
+from common import RESULTS, write_row
 from tinygrad import Device
 from tinyvllm.core.blocks import BlockManager
-from tinyvllm.engine.llm import make_engine
-from tinyvllm.kernels.flash import best_attend
-from tinyvllm.models.fused import best_model, fused_cache
+from tinyvllm.engine.defaults import make_engine
+from tinyvllm.engine.defaults import best_attend
+from tinyvllm.engine.defaults import best_model, fused_cache
 from tinyvllm.measure import counting, machine_name
-from tinyvllm.kv_cache.paged import EagerRunner
+from tinyvllm.runner.eager import EagerRunner
 from tinyvllm.runner.jit import CPUGraph
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.core.scheduler import Scheduler

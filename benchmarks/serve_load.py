@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
-from peers import RESULTS, write_row
+from common import RESULTS, write_row
 
 
 @dataclass

@@ -223,37 +223,37 @@ def test_latencies_are_read_from_the_stamps():
 
 
 @pytest.fixture
-def peers(monkeypatch):
+def common(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / 'benchmarks')
-    yield importlib.import_module('peers')
-    sys.modules.pop('peers', None)
+    yield importlib.import_module('common')
+    sys.modules.pop('common', None)
 
 
-def test_a_busy_sample_is_taken_again(peers, monkeypatch):
-    monkeypatch.setattr(peers, 'time', SimpleNamespace(sleep=lambda s: None, monotonic=lambda: 0))
+def test_a_busy_sample_is_taken_again(common, monkeypatch):
+    monkeypatch.setattr(common, 'time', SimpleNamespace(sleep=lambda s: None, monotonic=lambda: 0))
     shares, calls = iter([0.3, 0.01, 0.2, 0.01, 0.02]), []
-    monkeypatch.setattr(peers, 'watched', lambda fn, pids=(): (fn(), next(shares)))
-    assert peers.quiet_sample(lambda: calls.append(1) or len(calls)) == (2, 0.02)
-    with pytest.raises(peers.Busy): peers.quiet_sample(int, patience=0)
+    monkeypatch.setattr(common, 'watched', lambda fn, pids=(): (fn(), next(shares)))
+    assert common.quiet_sample(lambda: calls.append(1) or len(calls)) == (2, 0.02)
+    with pytest.raises(common.Busy): common.quiet_sample(int, patience=0)
 
 
-def test_our_own_work_is_not_the_others(peers, monkeypatch):
+def test_our_own_work_is_not_the_others(common, monkeypatch):
     machine, own, clock = iter([10.0, 13.0]), iter([4.0, 6.0]), iter([0.0, 2.0])
-    monkeypatch.setattr(peers, 'machine_seconds', lambda: next(machine))
-    monkeypatch.setattr(peers, 'own_seconds', lambda pids: next(own))
-    monkeypatch.setattr(peers, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(peers.os, 'cpu_count', lambda: 2)
-    assert peers.watched(lambda: 'done') == ('done', 0.25)
+    monkeypatch.setattr(common, 'machine_seconds', lambda: next(machine))
+    monkeypatch.setattr(common, 'own_seconds', lambda pids: next(own))
+    monkeypatch.setattr(common, 'time', SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(common.os, 'cpu_count', lambda: 2)
+    assert common.watched(lambda: 'done') == ('done', 0.25)
 
 
-def test_sides_take_turns_and_one_that_fails_is_left_out(peers, monkeypatch):
-    monkeypatch.setattr(peers, 'quiet_sample', lambda fn, **gate: (fn(), 0.0))
+def test_sides_take_turns_and_one_that_fails_is_left_out(common, monkeypatch):
+    monkeypatch.setattr(common, 'quiet_sample', lambda fn, **gate: (fn(), 0.0))
     order = []
     def bad():
         order.append('bad')
-        raise peers.Failed('no such format')
-    medians, notes = peers.in_turn({'a': lambda: order.append('a') or 3.0, 'b': bad}, 3)
+        raise common.Failed('no such format')
+    medians, notes = common.in_turn({'a': lambda: order.append('a') or 3.0, 'b': bad}, 3)
     assert medians == {'a': 3.0, 'b': None} and order == ['a', 'bad', 'a', 'a']
     assert notes['errors'] == {'b': 'no such format'} and notes['runs'] == {'a': [3.0] * 3, 'b': []}
-    with pytest.raises(peers.Failed, match='wrong'):
-        peers.output([sys.executable, '-c', 'raise SystemExit("wrong")'])
+    with pytest.raises(common.Failed, match='wrong'):
+        common.output([sys.executable, '-c', 'raise SystemExit("wrong")'])

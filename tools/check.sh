@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 say() { printf '\n== %s\n' "$*"; }
-state() { cksum nbs/*.ipynb README.md _quarto.yml $(find tinyvllm -name '*.py'); }
+state() { cksum nbs/*.ipynb README.md _quarto.yml benchmarks/README.md $(find tinyvllm -name '*.py'); }
 
 say 'notebooks, package, sidebar and README agree'
 before=$(state)
@@ -12,6 +12,7 @@ nbdev_export
 nbdev_clean
 python tools/chapters.py
 python tools/readme.py
+python tools/benchmarks.py
 diff <(echo "$before") <(state) || {
   echo 'out of sync: the files above were rewritten from the notebooks; look at the change and commit it'
   exit 1

@@ -1,7 +1,8 @@
-"""What the comparisons share: an idle machine, two programs in turn, rows of results.
+"""What the benchmarks share: rows of results, an idle machine, two programs in turn.
 
-A sample counts only if all other processes together used less than 5 % of the machine while it ran. A program
-that waits at a barrier loses far more than that to one busy neighbour, and the ratio would be about the neighbour.
+A row names its machine, and `write_row` adds commit, day and command. A sample of a comparison counts only if all
+other processes together used less than 5 % of the machine while it ran. A program that waits at a barrier loses far
+more than that to one busy neighbour, and the ratio would be about the neighbour.
 """
 import json
 import os
