@@ -86,25 +86,47 @@ def box_of(name):
     return max((prefix for group in LEVELS for prefix in group if name == prefix or name.startswith(prefix + '.')), key=len)
 
 
+def folder_graph(graph):
+    "From each box to the boxes that its modules import, without those that follow from others."
+    direct = {}
+    for name, others in graph.items():
+        direct.setdefault(box_of(name), set()).update(box_of(other) for other in others)
+    direct = {box: others - {box} for box, others in direct.items()}
+
+    def reached(box, seen):
+        for other in direct.get(box, ()):
+            if other not in seen:
+                seen.add(other)
+                reached(other, seen)
+        return seen
+    return {box: {other for other in others if not any(other in reached(o, {o}) for o in others - {other})}
+            for box, others in direct.items()}
+
+
 def draw(graph):
-    "One row for each level, a box for each folder with its modules, and lines to the boxes it imports."
+    "One row for each level, a box for each folder with its modules, and arcs to the folders that it imports."
     import matplotlib.pyplot as plt
-    boxes = {}
+    from textwrap import fill
+    members, edge = {}, {}
     for name in graph:
-        boxes.setdefault(box_of(name), []).append(name.rpartition('.')[2])
-    figure, axes = plt.subplots(figsize=(8.4, 9.2))
-    place = {}
+        members.setdefault(box_of(name), []).append(name.rpartition('.')[2])
+    figure, axes = plt.subplots(figsize=(8.4, 9.6))
     for i, group in enumerate(LEVELS):
+        width = 0.8 / len(group)
         for j, box in enumerate(group):
-            x, width = (j + 0.5) / len(group), 0.94 / len(group)
-            place[box] = x, i
-            axes.add_patch(plt.Rectangle((x - width / 2, i - 0.3), width, 0.6, facecolor='#eef3fb', edgecolor='#6b8cc4', zorder=2))
-            members = ' '.join(m for m in boxes.get(box, []) if m != box)
-            axes.text(x, i + 0.13, box + ('/' if members and '.' not in box else ''), ha='center', va='center', weight='bold', fontsize=9, zorder=3)
-            axes.text(x, i - 0.13, members if '.' not in box else '', ha='center', va='center', fontsize=7, zorder=3)
+            x, names = (j + 0.5) * width, [m for m in members.get(box, ()) if m != box.rpartition('.')[2]]
+            edge[box] = x + width * 0.48, i
+            axes.add_patch(plt.Rectangle((x - width * 0.48, i - 0.36), width * 0.96, 0.72, facecolor='#eef3fb', edgecolor='#6b8cc4'))
+            axes.text(x, i + (0.2 if names else 0), box, ha='center', va='center', weight='bold', fontsize=9)
+            axes.text(x, i - 0.12, fill('  '.join(names), int(130 * width)), ha='center', va='center', fontsize=7 if width > 0.3 else 5.5)
+    for box, others in folder_graph(graph).items():
+        for other in others:
+            (_, high), (_, low) = edge[box], edge[other]
+            axes.annotate('', (0.785, low + 0.1), (0.785, high - 0.1), arrowprops=dict(
+                arrowstyle='->', color='#888', connectionstyle=f'arc3,rad={-0.18 - 0.03 * (high - low)}'))
+    axes.text(0.99, len(LEVELS) - 0.7, 'arrow: imports\n(what follows from\nothers left out)', fontsize=7, ha='right', va='top', color='#666')
     axes.set(xlim=(0, 1), ylim=(-0.5, len(LEVELS) - 0.5))
     axes.axis('off')
-    axes.annotate('imports go down', (0.012, 0.2), (0.012, len(LEVELS) - 1.2), rotation=90, ha='center', va='top', fontsize=8,
-                  color='#666', arrowprops=dict(arrowstyle='->', color='#999'))
+    figure.tight_layout()
     plt.close(figure)
     return figure
