@@ -16,7 +16,8 @@ import tinyvllm  # noqa: E402,F401  picks device and compiler before tinygrad lo
 import numpy as np  # noqa: E402
 from common import RESULTS, write_row  # noqa: E402
 from tinygrad import Device, Tensor, TinyJit, dtypes  # noqa: E402
-from tinyvllm.cli.doctor import Chunks, REAL, run_case  # noqa: E402
+from tinyvllm.cli.doctor import run_case  # noqa: E402
+from tinyvllm.kernels.cases import PREFILL_STARTS, REAL  # noqa: E402
 from tinyvllm.errors import BadInput  # noqa: E402
 from tinyvllm.kernels.flash import FLASH_MATRIX, FLASH_TILED, TILES, flash  # noqa: E402
 from tinyvllm.measure import machine_name, timed  # noqa: E402
@@ -47,7 +48,7 @@ def check(rung, variant: dict, dtype: str, cases: tuple[int, ...]) -> str:
     try:
         errors = []
         for i in cases:
-            case = Chunks.case(np.random.default_rng([0, i]), i, dtype, REAL)
+            case = PREFILL_STARTS.make_case(np.random.default_rng([0, i]), i, dtype, REAL)
             if rung is FLASH_MATRIX and not fits(case.inputs['q'].shape[2], **variant): continue
             errors.append(run_case(lambda *t: flash(*t, rung=rung, **variant), case, Device.DEFAULT))
         most = max(errors, default=0)

@@ -29,7 +29,8 @@ from common import RESULTS, write_row
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import Context, diskcache_get, diskcache_put
 from tinyvllm.kernels import metal
-from tinyvllm.cli.doctor import repeated, simulated
+from tinyvllm.cli.doctor import is_simulated
+from tinyvllm.kernels.cases import make_large_tensor
 from tinyvllm.kernels.linear_gpu import gpu_embed, gpu_linear, gpu_swiglu
 from tinyvllm.measure import machine_name
 from tinyvllm.quant.pack import Packed, format_of
@@ -220,7 +221,7 @@ def data(name: str, N: int, K: int) -> list[Packed]:
 def contestants(name: str, what: str, T: int, ws: list[Packed], some: list[dict]) -> dict:
     "Chains of launches, each waiting for the one before: it reads what that one wrote."
     N, K, use = MATRICES[what]
-    x, norm = repeated((T, K), 'float16'), Tensor(np.ones(K, np.float32)).realize()
+    x, norm = make_large_tensor((T, K), 'float16'), Tensor(np.ones(K, np.float32)).realize()
     chained, count = wide(what), len(ws) * ceil(8 / len(ws))
 
     def ours(sizes):
@@ -228,7 +229,7 @@ def contestants(name: str, what: str, T: int, ws: list[Packed], some: list[dict]
             w = ws[i % len(ws)]
             if not chained: return launch(x, w, 'add', norm, y, **sizes)
             return launch(y.flatten()[:T * K].reshape(T, K), w, use, norm, **sizes)
-        return lambda: Chain(step, repeated((T, K if chained else N), 'float16'), count)
+        return lambda: Chain(step, make_large_tensor((T, K if chained else N), 'float16'), count)
 
     def theirs():
         weights = [random(N, K) * K**-0.5 for _ in range(max(2, ceil(ROTATION / (2 * N * K))))]
@@ -345,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     args, start = arguments(argv), time.monotonic()
     with Context(DEV=args.device.upper() if args.device else Device.DEFAULT):
         device = Device.DEFAULT
-        real = not simulated(device)
+        real = not is_simulated(device)
         if not real: small(args)
         about = dict(device=device, machine=machine_name(device), median_of=ROUNDS, tinygrad=version('tinygrad'),
                      torch=torch and torch.__version__)

@@ -31,7 +31,8 @@ from tinygrad.helpers import Context
 from tinyvllm.kernels import flash
 from tinyvllm.kernels import simd
 from tinyvllm.kernels import softmax
-from tinyvllm.cli.doctor import repeated, simulated
+from tinyvllm.cli.doctor import is_simulated
+from tinyvllm.kernels.cases import make_large_tensor
 from tinyvllm.measure import counting, machine_name
 from tinyvllm.kv_cache.paged import PagedBatch, paged_attend
 from tinyvllm.engine.args import free_memory
@@ -224,7 +225,7 @@ def turns(nbytes: int, rotation: int) -> tuple[int, int]:
 def copies(sizes: Sizes, n: int) -> dict[str, Callable]:
     "How fast the device reads and writes at the same time."
     def ours():
-        return Chain(lambda i, x: x + 1, repeated((n,), 'float16'), 8)
+        return Chain(lambda i, x: x + 1, make_large_tensor((n,), 'float16'), 8)
 
     def theirs():
         buffers = [random(n) for _ in range(2)]
@@ -237,7 +238,7 @@ def products(sizes: Sizes, N: int, K: int) -> dict[str, Callable]:
     rungs = dict(naive=simd.MATVEC_NAIVE, coalesced=simd.MATVEC_COALESCED, vector=simd.MATVEC_VECTOR,
                  rows=simd.MATVEC_ROWS)
     sets, launches = turns(2 * N * K, sizes.rotation)
-    ws, first = [repeated((N, K), 'float16', K**-0.5) for _ in range(sets)], repeated((K,), 'float16')
+    ws, first = [make_large_tensor((N, K), 'float16', K**-0.5) for _ in range(sets)], make_large_tensor((K,), 'float16')
 
     def ours(rung):
         return lambda: Chain(lambda i, x: simd.matvec(ws[i % sets], x[:K], rung=rung), first, launches)
@@ -258,7 +259,7 @@ def paged(sets: int, seqs: int, context: int, K: int, D: int) -> tuple:
     total = ceil((sets * seqs * blocks + 1) / 256) * 256
     order = 1 + np.random.default_rng(0).permutation(total - 1)[:sets * seqs * blocks].astype(np.int32)
     tables = [Tensor(part).realize() for part in order.reshape(sets, seqs, blocks)]
-    return *(repeated((total, BLOCK, K, D), 'float16') for _ in 'kv'), tables
+    return *(make_large_tensor((total, BLOCK, K, D), 'float16') for _ in 'kv'), tables
 
 
 def ints(*arrays) -> list[Tensor]:
@@ -281,7 +282,7 @@ def steps(sizes: Sizes, seqs: int, context: int, H: int, K: int, D: int) -> dict
     sets, launches = turns(4 * seqs * context * K * D, sizes.rotation)
     k, v, tables = paged(sets, seqs, context, K, D)
     owners, positions = ints(np.arange(seqs), np.full(seqs, context - 1))
-    first = repeated((seqs, H, D), 'float16')
+    first = make_large_tensor((seqs, H, D), 'float16')
 
     def ours(attend):
         return lambda: Chain(lambda i, q: attend(q, k, v, tables[i % sets], owners, positions), first, launches)
@@ -301,7 +302,7 @@ def prompts(sizes: Sizes, T: int, H: int, K: int, D: int) -> dict[str, Callable]
     "Attention of a whole prompt, causal."
     k, v, tables = paged(1, 1, T, K, D)
     owners, positions, starts = ints(np.zeros(T), np.arange(T), [0, T])
-    first, launches = repeated((T, H, D), 'float16'), max(4, min(32, 2**16 // T))
+    first, launches = make_large_tensor((T, H, D), 'float16'), max(4, min(32, 2**16 // T))
     places = tables[0], owners, positions, starts
 
     def ours(rung):
@@ -319,7 +320,7 @@ def prompts(sizes: Sizes, T: int, H: int, K: int, D: int) -> dict[str, Callable]
         return TorchChain(step, random(1, H, T, D), launches)
 
     def generated():
-        q, (ks, vs) = repeated((1, H, T, D), 'float16'), (repeated((1, K, T, D), 'float16') for _ in 'kv')
+        q, (ks, vs) = make_large_tensor((1, H, T, D), 'float16'), (make_large_tensor((1, K, T, D), 'float16') for _ in 'kv')
         chain = Chain(lambda i, q: q.scaled_dot_product_attention(ks, vs, is_causal=True, enable_gqa=True), q, 4)
         chain.answer = None    # to other keys
         return chain
@@ -420,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
     with Context(DEV=args.device.upper() if args.device else Device.DEFAULT):
         device = Device.DEFAULT
         if device.startswith('CUDA') and torch: share_context()
-        real = not simulated(device) and device.split(':')[0] in ('CUDA', 'METAL')
+        real = not is_simulated(device) and device.split(':')[0] in ('CUDA', 'METAL')
         sizes, out = (QUICK if args.quick else FULL) if real else TINY, args.out or (OUT if real else None)
         about = dict(device=device, machine=machine_name(device), median_of=ROUNDS, tinygrad=version('tinygrad'),
                      torch=torch and torch.__version__)

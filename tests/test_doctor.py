@@ -12,8 +12,9 @@ from tinyvllm.kernels import cpu
 
 from tinyvllm.cli import doctor
 from tinyvllm.cli.main import main
-from tinyvllm.cli.doctor import (CHECKS, REAL, SIMULATED, TOLERANCE, Attention, Check, Chunks, KVWrite, Matvec, fences,
-                             mixed, relative_error, run_check)
+from tinyvllm.cli.doctor import CHECKS, TOLERANCE, Check, guard_allocator, run_check
+from tinyvllm.kernels.cases import (DECODE, KV_WRITE, MATVEC, PREFILL_STARTS, REAL, SIMULATED, mixed_shape,
+                                    relative_error)
 
 KEYS = ['kernel', 'device', 'cases', 'max_rel_err', 'tolerance', 'ok', 'us', 'gbps']
 
@@ -21,7 +22,7 @@ KEYS = ['kernel', 'device', 'cases', 'max_rel_err', 'tolerance', 'ok', 'us', 'gb
 @pytest.fixture
 def untimed(monkeypatch):
     "Without the seconds that timing takes."
-    monkeypatch.setattr(doctor, 'timing', lambda *_: (None, None))
+    monkeypatch.setattr(doctor, 'measure_launch', lambda *_: (None, None))
 
 
 def run(capsys, *args):
@@ -93,7 +94,7 @@ def test_json_of_a_broken_kernel_is_json(capsys, untimed, monkeypatch):
     assert 'cpu.kv_write float16: case 0, ' in err
 
 
-class Own:
+class WrongLaunchers:
     "Launchers that are wrong in ways a constant cannot be."
     @staticmethod
     def nothing(w, x):
@@ -111,19 +112,19 @@ class Own:
 @pytest.mark.parametrize('launcher, says', [('nothing', 'error inf'), ('raises', 'the driver\nis gone'),
                                             ('short', 'wrong shape'), ('missing', "has no attribute 'missing'")])
 def test_a_launcher_that_fails_is_a_row(monkeypatch, launcher, says):
-    monkeypatch.setitem(sys.modules, 'tinyvllm.own', Own)
-    row = run_check(Check(f'own.{launcher}', Matvec, ('CPU',)), 'float32', 'CPU', 2)
+    monkeypatch.setitem(sys.modules, 'tinyvllm.kernels.own', WrongLaunchers)
+    row = run_check(Check(f'own.{launcher}', MATVEC, ('CPU',)), 'float32', 'CPU', 2)
     assert not row.ok and row.max_rel_err is None and row.us is None and says in row.trouble
 
 
-def test_fences_leave_the_allocator_as_it_was():
-    with fences('CPU') as fence:
+def test_guards_leave_the_allocator_as_it_was():
+    with guard_allocator('CPU') as guards:
         inside = Tensor.zeros(100, device='CPU').contiguous().realize()
-        assert fence.broken() == '' and np.isnan(Tensor.empty(7, device='CPU').numpy()).all()
+        assert guards.find_damage() == '' and np.isnan(Tensor.empty(7, device='CPU').numpy()).all()
     outside = Tensor.zeros(100, device='CPU').contiguous().realize()
-    assert len(fence.fenced) == 1 and (inside.numpy() == outside.numpy()).all()
+    assert len(guards.guarded) == 1 and (inside.numpy() == outside.numpy()).all()
     del inside
-    assert not fence.fenced
+    assert not guards.guarded
 
 
 @pytest.mark.parametrize('args, says', [(['--kernel', 'softmax.dance'], 'softmax.dance'), (['--cases', '0'], '--cases'),
@@ -146,9 +147,9 @@ def test_help_has_examples(capsys):
 
 
 def test_the_oracle_against_loops():
-    for operation in Attention, Chunks:
+    for operation in DECODE, PREFILL_STARTS:
         for n in range(6):
-            case = operation.case(rng(n), n, 'float32', SIMULATED)
+            case = operation.make_case(rng(n), n, 'float32', SIMULATED)
             q, k, v, tables, owners, positions, *starts = case.inputs.values()
             S, group = k.shape[1], q.shape[1] // k.shape[2]
             for t in range(len(q)):
@@ -162,18 +163,18 @@ def test_the_oracle_against_loops():
 
 
 def test_shapes_cover_the_menu():
-    first, full = [mixed(n) for n in range(4)], {mixed(n)[:2] + mixed(n)[3:] for n in range(48)}
+    first, full = [mixed_shape(n) for n in range(4)], {mixed_shape(n)[:2] + mixed_shape(n)[3:] for n in range(48)}
     assert {s[0] for s in first} == {64, 80, 96, 128} and {s[1] for s in first} == {1, 3, 4, 8}
     assert {s[3] for s in first} == {8, 16, 32} and len(full) == 48
-    sixteen = [mixed(n) for n in range(16)]
+    sixteen = [mixed_shape(n) for n in range(16)]
     assert len({s[:2] for s in sixteen}) == 16 and len({(s[0], s[3]) for s in sixteen}) == 12
 
 
 def test_cases_are_hard():
-    "Contexts of one token and of whole blocks, blocks out of order, NaN where nobody may look, padding."
+    "Contexts of one token and of whole blocks, blocks out of order, NaN where no kernel may read, padding."
     contexts, ordered = [], []
     for n in range(40):
-        case = Chunks.case(rng(n), n, 'float16', REAL).inputs
+        case = PREFILL_STARTS.make_case(rng(n), n, 'float16', REAL).inputs
         S, k, tables = case['k'].shape[1], case['k'], case['tables']
         assert np.isnan(k[0]).all() and not tables[-1].any() and (case['starts'][-2:] <= len(case['q'])).all()
         for s in range(len(tables) - 1):
@@ -185,7 +186,7 @@ def test_cases_are_hard():
             assert np.isnan(k[used].reshape(-1, *k.shape[2:])[last + 1:]).all()
     assert {1 / 8, 1} < set(contexts) and any(c > 1 and c % 1 == 0 for c in contexts)
     assert sum(ordered) < len(ordered) / 10
-    write = KVWrite.case(rng(), 1, 'float32', REAL).inputs
+    write = KV_WRITE.make_case(rng(), 1, 'float32', REAL).inputs
     assert (write['slots'] == 0).any() and len(set(write['slots'][write['slots'] > 0])) == (write['slots'] > 0).sum()
 
 

@@ -10,10 +10,12 @@ from tensor_cores import played
 
 from tinyvllm.kernels import flash as module
 from tinyvllm.kernels.cpu import cpu_attend
-from tinyvllm.cli.doctor import Case, attention, run_case
+from tinyvllm.cli.doctor import run_case
+from tinyvllm.kernels.cases import Case, reference_attention
 from tinyvllm.errors import BadInput
-from tinyvllm.kernels.flash import (FLASH_MATRIX, FLASH_TILED, MATRIX_CUDA, best_attend, best_cache, flash, flash_attend,
-                            tile_of)
+from tinyvllm.kernels.flash import (FLASH_MATRIX, FLASH_TILED, MATRIX_CUDA, flash, flash_attend,
+    tile_of)
+from tinyvllm.engine.defaults import best_attend, best_cache
 from tinyvllm.models.llama import Llama, model_config, rope_table
 from tinyvllm.kernels.metal import Kernel, check_compiles
 from tinyvllm.metalsim import counting, lint
@@ -40,7 +42,7 @@ def step(rng, new, past, H=4, K=2, D=16, S=8, padding=0, dtype='float16', scale=
     positions = np.concatenate([*(np.arange(p, p + n) for p, n in zip(past, new)), np.zeros(padding)])
     inputs = dict(q=(scale * rng.standard_normal((len(owners), H, D))).astype(dtype), k=k, v=v, tables=tables,
                   owners=owners, positions=positions.astype(np.int32), starts=np.cumsum([0, *new]).astype(np.int32))
-    return Case(inputs, (attention(**inputs),))
+    return Case(inputs, (reference_attention(**inputs),))
 
 
 def error(case, device='METAL', **how):

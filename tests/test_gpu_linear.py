@@ -15,7 +15,8 @@ from linear_cores import FORMATS, multiple, numbers, packed, played
 from tinygrad import Tensor, TinyJit, dtypes
 
 from tinyvllm.kernels import linear_gpu as module
-from tinyvllm.cli.doctor import Case, run_case
+from tinyvllm.cli.doctor import run_case
+from tinyvllm.kernels.cases import Case
 from tinyvllm.errors import BadInput
 from tinyvllm.kernels.linear_gpu import PARTS, gpu_embed, gpu_linear, gpu_swiglu, kernel_of, kind_of, plan, rms_norm
 from tinyvllm.kernels.metal import Kernel

@@ -343,7 +343,7 @@ def sampling_params(args):
 
 def load(args):
     "The model and its tokenizer. Raises `BadInput`."
-    from tinyvllm.models.fused import best_model
+    from tinyvllm.engine.defaults import best_model
     from tinyvllm.models.tokenizer import load_tokenizer
     from tinyvllm.models.weights import resolve
     path = resolve(args.model)
@@ -390,8 +390,8 @@ def check_batch_options(args) -> None:
 def batch(args) -> int:
     "Answer a file; 1 if a line failed."
     from tinyvllm.cli.batchfile import run_batch
-    from tinyvllm.engine.llm import load_engine
-    from tinyvllm.kv_cache.paged import EngineArgs
+    from tinyvllm.engine.defaults import load_engine
+    from tinyvllm.engine.args import EngineArgs
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     EngineArgs(**sizes)   # refused before anything is read
     failed = run_batch(args.prompts, args.out, sampling_params(args),
@@ -665,7 +665,7 @@ def ladder_path() -> Path:
 def doctor(args) -> int:
     "`tinyvllm doctor`: check the kernels of a device and print a table for an issue; 1 if one fails."
     from tinygrad import Device
-    from tinyvllm.cli.doctor import diagnose, heading, table
+    from tinyvllm.cli.doctor import diagnose, format_table, heading
     for name, value, least in ('cases', args.cases, 1), ('seed', args.seed, 0):
         if value < least:
             raise BadInput(f'--{name} is {value}; use {least} or more')
@@ -674,7 +674,7 @@ def doctor(args) -> int:
         for row in rows:
             if row.trouble: print(f'{row.kernel}: {row.trouble}', file=sys.stderr)
     print(json.dumps([row.as_json() for row in rows]) if args.json else
-          f'{heading(Device.DEFAULT, args.seed)}\n\n{table(rows)}')
+          f'{heading(Device.DEFAULT, args.seed)}\n\n{format_table(rows)}')
     return 0 if all(row.ok for row in rows) else 1
 
 
@@ -683,11 +683,11 @@ def info(args) -> None:
     from importlib.metadata import version
     from tinygrad import Device
     from tinyvllm.device import cache_dir, compiler_name
-    from tinyvllm.cli.doctor import simulated
+    from tinyvllm.cli.doctor import is_simulated
     from tinyvllm.measure import bandwidth, machine_name
     from tinyvllm.models.weights import models_found
     device = Device.DEFAULT
-    speed = 'none: METAL is simulated here' if simulated(device) else f'{bandwidth(device) / 1e9:.1f} GB/s measured'
+    speed = 'none: METAL is simulated here' if is_simulated(device) else f'{bandwidth(device) / 1e9:.1f} GB/s measured'
     rows = [('tinyvllm', __version__), ('tinygrad', version('tinygrad')), ('python', platform.python_version()),
             ('device', f'{device} ({machine_name(device)})'), ('compiler', compiler_name()),
             ('bandwidth', speed), ('cache', str(cache_dir()))]

@@ -6,13 +6,10 @@
 from __future__ import annotations
 from functools import cache
 from math import e, log2
-import warnings
-from .cpu import cpu_attend, kv_write as cpu_kv_write
 from ..errors import BadInput
-from ..models.llama import Llama
 from .metal import FOLLOW, Kernel
-from ..kv_cache.paged import PagedBatch, PagedKVCache, paged_attend
-from .simd import KernelKVCache, check_attention, check_shapes, element, kv_write
+from ..kv_cache.paged import PagedBatch
+from .simd import check_attention, check_shapes, element
 from .softmax import decode_attend
 from tinygrad import Tensor, dtypes
 
@@ -20,7 +17,7 @@ from tinygrad import Tensor, dtypes
 __all__ = ['PARAMETERS', 'FIND', 'BEGIN', 'BARRIER', 'LOAD', 'SCORES', 'VALUES', 'STORE', 'FLASH_TILED', 'TILES', 'MATRIX_BEGIN',
            'MATRIX_SCORES', 'MATRIX_VALUES', 'MATRIX_STORE', 'MATRIX_METAL', 'PTX', 'TENSOR_BEGIN', 'TENSOR_SCORES',
            'TENSOR_SOFTMAX', 'TENSOR_VALUES', 'TENSOR_STORE', 'TENSOR_LOOP', 'ENTRY', 'MATRIX_CUDA', 'FLASH_MATRIX',
-           'ATTENDS', 'STORES', 'tile_of', 'flash', 'check_flash', 'flash_attend', 'best_attend', 'best_cache']
+           'tile_of', 'flash', 'check_flash', 'flash_attend']
 
 # %% ../../nbs/08_flash.ipynb #91c6c7c5
 PARAMETERS = '''(device T* o, device const T* q, device const T* k, device const T* v,
@@ -430,42 +427,3 @@ def flash_attend(
     "Attention of a step: single tokens by decode, longer runs in tiles. Raises `BadInput`."
     if q.shape[0] <= batch.tables.shape[0]: return decode_attend(q, k, v, batch)
     return flash(q, k, v, batch.tables, batch.owners, batch.positions, batch.starts)
-
-# %% ../../nbs/08_flash.ipynb #6d724dad
-ATTENDS = {'CPU': cpu_attend, 'METAL': flash_attend, 'CUDA': flash_attend}
-STORES = {'CPU': cpu_kv_write, 'METAL': kv_write, 'CUDA': kv_write}
-
-def _trial(model: Llama, attend) -> None:
-    "Compile what a step of one token and a step of a prompt need. Raises `BadInput`."
-    c, like = model.config, model.embedding
-    def numbers(*shape): return Tensor.empty(*shape, dtype=like.dtype, device=like.device)
-    def ints(*shape): return Tensor.empty(*shape, dtype=dtypes.int32, device=like.device)
-    pool = numbers(2, 16, c.num_key_value_heads, c.head_dim)
-    for T in (1, 16):
-        batch = PagedBatch(ints(T), ints(T), ints(1), 0, ints(T), ints(1, 1), ints(T), ints(2))
-        attend(numbers(T, c.num_attention_heads, c.head_dim), pool, pool, batch)
-
-def best_attend(
-    model: Llama, # its device, dtype and head dimension decide
-): # -> attend(q, k, v, batch)
-    "The fastest attention that this model can have; the portable one, with a warning, if none."
-    device = model.embedding.device.split(':')[0]
-    try:
-        if device not in ATTENDS: raise BadInput(f'no attention kernel is written for {device}')
-        _trial(model, ATTENDS[device])
-        return ATTENDS[device]
-    except BadInput as refused:
-        warnings.warn(f'{refused}; attention runs in portable operations')
-        return paged_attend
-
-# %% ../../nbs/08_flash.ipynb #44fbc683
-def best_cache(
-    model: Llama, # gives the shapes, the dtype and the device
-    num_blocks: int, # in the pool, with block 0
-    block_size: int = 16, # tokens per block
-) -> PagedKVCache:
-    "A paged cache with the fastest writes there are for the model's device."
-    store = STORES.get(model.embedding.device.split(':')[0])
-    known = store and model.embedding.dtype in (dtypes.half, dtypes.float)
-    if not known: return PagedKVCache(model, num_blocks, block_size)
-    return KernelKVCache(model, num_blocks, block_size, store)
