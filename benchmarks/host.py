@@ -28,6 +28,7 @@ import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from common import RESULTS, write_row
 from tinyvllm.cli import bench
 from tinyvllm.engine import llm as engine
+from tinyvllm.engine.defaults import make_engine
 from tinyvllm.runner import jit as runner
 from tinyvllm.core import scheduler
 from tinyvllm.models.fused import fused
@@ -99,7 +100,7 @@ def make(seqs: int, steps: int):
     config, state = tiny_checkpoint(**TINY)
     model = fused(Llama(model_config(config), state))
     load = bench.Load(batch=seqs, context=40, tokens=TOKENS)
-    made = engine.make_engine(model, **load.sizes, num_scheduler_steps=steps)
+    made = make_engine(model, **load.sizes, num_scheduler_steps=steps)
     prompts = load.prompts(model.config.vocab_size)
     bench.decode(made, prompts, load)
     return made, prompts, load

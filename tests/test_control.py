@@ -22,15 +22,16 @@ from tinyvllm.sampling import logits_processors as module
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.sampling.logits_processors import (Bias, BadWords, Control, Grammar, LogitsProcessor, NotYet, Order, Use, grammar_of, grammars_of,
                               load_processors, make_control, obeyed, packed, register, spellings, steer, unpacked)
-from tinyvllm.engine.llm import LLM, make_engine
+from tinyvllm.engine.llm import LLM
+from tinyvllm.engine.defaults import make_engine
 from tinyvllm.errors import BadInput
-from tinyvllm.kernels.flash import best_attend, best_cache
+from tinyvllm.engine.defaults import best_attend, best_cache
 from tinyvllm.models.fused import fused
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import counting
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.metalsim import MetalError
-from tinyvllm.kv_cache.paged import EagerRunner
+from tinyvllm.runner.eager import EagerRunner
 from tinyvllm.sampling.params import SamplingParams, StructuredOutputs
 from tinyvllm.core.scheduler import Scheduler
 from tinyvllm.models.tokenizer import load_tokenizer

@@ -20,8 +20,9 @@ from tinyvllm.models import fused as fusion
 from tinyvllm import metalsim
 from tinyvllm.engine.llm import LLM
 from tinyvllm.errors import BadInput
-from tinyvllm.kernels.flash import best_attend
-from tinyvllm.models.fused import FusedKVCache, FusedLlama, best_model, fused, fused_cache, rope_write, state_of, turned
+from tinyvllm.engine.defaults import best_attend
+from tinyvllm.models.fused import FusedKVCache, FusedLlama, fused, rope_write, state_of, turned
+from tinyvllm.engine.defaults import best_model, fused_cache
 from tinyvllm.reference.generate import bucket, same_greedy
 from tinyvllm.models.llama import InputBatch, Llama, NoCache, RMSNorm, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting

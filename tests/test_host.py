@@ -17,7 +17,7 @@ from tinyvllm.runner.inputs import DESKS, Inputs, Page, chances, host_visible, l
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.runner.jit import Mail
-from tinyvllm.kernels.sampler import wishes
+from tinyvllm.kernels.sampler import pack_sampling_params
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampled, draw_uniform
 from tinyvllm.core.scheduler import Batch, Sequence
@@ -83,7 +83,7 @@ def expected(batch, places, last, later, tokens, rows):
             made['slots'][at] = table[place // BLOCK] * BLOCK + place % BLOCK
             at += 1
         ends.append(at - 1)
-        odds[row] = wishes(seq.params)
+        odds[row] = pack_sampling_params(seq.params)
         if not seq.params.greedy:
             u = draw_uniform(seq.params.seed, len(seq.sampled) + seq.in_flight + later)
             odds[row, 4] = min(u, 1 - 2**-24)
@@ -274,7 +274,7 @@ def test_another_sequence_takes_the_row():
     page.fill(batch_of([1, 2, 3], [4], params=[hot, cold]), {})
     assert page.parts['wishes'][0, 0] == np.float32(0.7) and page.parts['wishes'][1, 0] == 0
     page.fill(batch_of([1, 2, 3][:], params=[cold]), {})
-    assert page.parts['wishes'][0].tolist() == np.float32(wishes(cold)).tolist()
+    assert page.parts['wishes'][0].tolist() == np.float32(pack_sampling_params(cold)).tolist()
     page.fill(batch_of([7, 8], params=[hot]), {})
     assert page.parts['tables'][0, :2].tolist() == [7, 8] and page.parts['wishes'][0, 0] == np.float32(0.7)
 

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from tinygrad import Device, Tensor
 
-from tinyvllm.kv_cache import paged
+from tinyvllm.engine import args as args_module
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import Llama, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
-from tinyvllm.kv_cache.paged import (EagerRunner, EngineArgs, PagedBatch, PagedKVCache, activation_bytes, free_memory,
-                            paged_attend, pool_blocks, stored)
+from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend, stored
+from tinyvllm.engine.args import EngineArgs, activation_bytes, free_memory, pool_blocks
+from tinyvllm.runner.eager import EagerRunner
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.core.scheduler import Batch, Scheduler, Sequence
 from tinyvllm.models.weights import tiny_checkpoint
@@ -135,7 +136,7 @@ def test_pool_is_sized_by_what_is_free(model, monkeypatch):
     reserve = activation_bytes(model.config, args)
 
     def with_memory(free, **change):
-        monkeypatch.setattr(paged, 'free_memory', lambda device: free)
+        monkeypatch.setattr(args_module, 'free_memory', lambda device: free)
         return pool_blocks(model, EngineArgs(max_num_seqs=4, **change))
     assert with_memory(10**9) == 4 * 256 // 16 + 1            # no more than four contexts
     free = -(-(reserve + 20 * block) * 10 // 9)               # nine tenths of it: 20 blocks are left
@@ -157,6 +158,8 @@ STEP = '''
 import resource, numpy as np
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.kv_cache.paged import *
+from tinyvllm.engine.args import *
+from tinyvllm.runner.eager import *
 from tinyvllm.core.scheduler import *
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.measure import peak_memory

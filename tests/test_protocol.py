@@ -11,7 +11,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from jsonschema import Draft202012Validator  # noqa: E402
 
-from tinyvllm.engine.llm import CompletionOutput, Logprob, RequestOutput  # noqa: E402
+from tinyvllm.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from tinyvllm.errors import BadInput  # noqa: E402
 from tinyvllm.server.protocol import (  # noqa: E402
     DONE, REPLIES, REQUESTS, RESPONSES, APIError, ChatRequest, CompletionRequest, GenerateRequest, Limits,

@@ -188,7 +188,8 @@ def test_a_real_server(folder, tmp_path, capsys):
 
     from test_batchfile import runner
     from tinyvllm.core.blocks import BlockManager
-    from tinyvllm.engine.llm import EngineCore, LLMEngine
+    from tinyvllm.engine.llm import LLMEngine
+    from tinyvllm.engine.core import EngineCore
     from tinyvllm.models.llama import model_config
     from tinyvllm.core.scheduler import Scheduler
     from tinyvllm.server.app import serving

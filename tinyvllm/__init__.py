@@ -9,8 +9,8 @@ from tinyvllm.metalsim import install as _install_metal
 _setup()
 _install_metal()
 
-_HOMES = {'LLM': 'engine.llm', 'LLMEngine': 'engine.llm', 'AsyncEngine': 'engine.llm', 'RequestOutput': 'engine.llm',
-          'CompletionOutput': 'engine.llm', 'SamplingParams': 'sampling.params', 'BadInput': 'errors'}
+_HOMES = {'LLM': 'engine.llm', 'LLMEngine': 'engine.llm', 'AsyncLLM': 'engine.async_llm', 'AsyncEngine': 'engine.async_llm',
+          'RequestOutput': 'engine.outputs', 'CompletionOutput': 'engine.outputs', 'SamplingParams': 'sampling.params', 'BadInput': 'errors'}
 __all__ = list(_HOMES)
 
 

@@ -17,7 +17,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from tinyvllm.engine.llm import CompletionOutput, LLMEngine, RequestOutput
+from tinyvllm.engine.llm import LLMEngine
+from tinyvllm.engine.outputs import CompletionOutput, RequestOutput
 from tinyvllm.errors import BadInput
 from tinyvllm.models.hub import bad_file, reading
 from tinyvllm.sampling.params import SamplingParams

@@ -20,15 +20,18 @@ from tinygrad import Device, Tensor, dtypes
 from tinygrad.helpers import Context
 from tqdm import tqdm, trange
 
-from tinyvllm.engine.llm import LLMEngine, make_engine
+from tinyvllm.engine.llm import LLMEngine
+from tinyvllm.engine.defaults import make_engine
 from tinyvllm.errors import BadInput
-from tinyvllm.kernels.flash import best_attend, best_cache
-from tinyvllm.models.fused import FusedLlama, best_model
+from tinyvllm.engine.defaults import best_attend, best_cache
+from tinyvllm.models.fused import FusedLlama
+from tinyvllm.engine.defaults import best_model
 from tinyvllm.reference.generate import answer_logits, generate, same_greedy
 from tinyvllm.reference.kvcache import KVCache
 from tinyvllm.models.llama import Llama, NoCache, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import LadderRow, Stopwatch, bandwidth, counting, ladder_row, measure_stream
-from tinyvllm.kv_cache.paged import EagerRunner, PagedKVCache, paged_attend
+from tinyvllm.kv_cache.paged import PagedKVCache, paged_attend
+from tinyvllm.runner.eager import EagerRunner
 from tinyvllm.quant.pack import Packed, PackedLlama, load_packed, packed_state
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.models.weights import resolve, tensor_shapes

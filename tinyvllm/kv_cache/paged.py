@@ -4,24 +4,18 @@
 
 # %% ../../nbs/04_blocks.ipynb #2a791b2b
 from __future__ import annotations
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 import math
-import subprocess
 import numpy as np
-import psutil
-from ..errors import BadInput
 from ..reference.generate import bucket
-from ..models.llama import InputBatch, Llama, ModelConfig, kv_bytes
-from ..sampling.params import Sampled
-from ..core.scheduler import Batch, Sequence
+from ..models.llama import InputBatch, Llama
+from ..core.scheduler import Batch
 from tinygrad import Tensor, UOp, dtypes
-from tinygrad.helpers import Context
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
 # %% auto #0
-__all__ = ['STEP_TOKENS', 'CPU_POOL', 'stored', 'PagedKVCache', 'PagedBatch', 'paged_attend', 'sampled', 'EagerRunner',
-           'free_memory', 'EngineArgs', 'activation_bytes', 'pool_blocks']
+__all__ = ['stored', 'PagedKVCache', 'PagedBatch', 'paged_attend']
 
 # %% ../../nbs/04_blocks.ipynb #b9e4f737
 def _store(pool: UOp, new: UOp, slots: UOp) -> UOp:
@@ -137,111 +131,3 @@ def paged_attend(
     past = (positions <= batch.positions.unsqueeze(1)).unsqueeze(1)                 # (T, 1, L)
     p = past.where(scores * D**-0.5, -math.inf).softmax(-1).reshape(shape)
     return q.empty_like().custom_kernel(p, v, tables, fxn=_values)[0]
-
-# %% ../../nbs/04_blocks.ipynb #b42b5ac9
-def sampled(
-    seq: Sequence, # which request
-    logits: np.ndarray, # (V,) float32 scores of its next token
-) -> list[Sampled] | Exception:
-    "Its next token, or the error that its sampling raised: it ends this request, not the step."
-    try: return [seq.sample(logits)]
-    except Exception as error: return error
-
-# %% ../../nbs/04_blocks.ipynb #3c89dae3
-class EagerRunner:
-    "Runs a step on the device, one kernel after the other, and samples on the host."
-    def __init__(self,
-        model: Llama, # the model
-        cache, # where keys and values live
-        attend, # how queries look at them; must know the cache's layout
-    ): self.model, self.cache, self.attend = model, cache, attend
-
-    def __call__(self,
-        batch: Batch, # the scheduler's decision
-    ) -> list[list[Sampled] | Exception]: # per sequence: its new tokens, or why it has none
-        "Compute the batch. An error while sampling belongs to one sequence alone."
-        if not batch.seqs: return []
-        if batch.copies: self.cache.copy(batch.copies)
-        inputs = PagedBatch.of(batch, self.model.embedding.device)
-        with Context(SPLIT_REDUCEOP=0):    # else a lookup in a large pool reads all of it
-            logits = self.model(inputs, self.cache, self.attend).numpy()
-        return [sampled(seq, logits[i]) if batch.speaks(i) else []
-                for i, seq in enumerate(batch.seqs)]
-
-# %% ../../nbs/04_blocks.ipynb #68a897ea
-def free_memory(
-    device: str, # tinygrad's name
-) -> int: # bytes
-    "Memory that is left, on the card for CUDA, else on the machine."
-    if not device.startswith(('CUDA', 'NV')): return psutil.virtual_memory().available
-    query = 'nvidia-smi', '--query-gpu=memory.free', '--format=csv,noheader,nounits'
-    return int(subprocess.check_output(query, text=True).split()[0]) * 2**20
-
-# %% ../../nbs/04_blocks.ipynb #fc07abe0
-@dataclass(frozen=True)
-class EngineArgs:
-    "How large an engine is, under vLLM's names. Raises `BadInput`."
-    num_blocks: int | None = None   # of the pool, with block 0; None: as many as fit
-    block_size: int = 16            # tokens per block
-    gpu_memory_utilization: float = 0.9   # share of the free memory for the pool and a step
-    max_num_seqs: int = 256         # most sequences that run at once
-    max_num_batched_tokens: int | None = None   # most tokens of one step; None: see `on`
-    max_model_len: int | None = None    # longest sequence; None: the model's context
-    num_scheduler_steps: int = 1    # tokens of each sequence for one decision of the scheduler
-
-    def __post_init__(self):
-        least = dict(num_blocks=2, block_size=1, max_num_seqs=1, max_num_batched_tokens=1,
-                     max_model_len=2, num_scheduler_steps=1)
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise BadInput(f'{name} is {value}; use {low} or more')
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise BadInput(f'gpu_memory_utilization is {self.gpu_memory_utilization}; '
-                           'use a share above 0 and up to 1')
-
-    def on(self, device: str) -> EngineArgs:
-        "With as many tokens for a step as keep others waiting neither long nor often."
-        tokens = self.max_num_batched_tokens or STEP_TOKENS.get(device.split(':')[0], 512)
-        return replace(self, max_num_batched_tokens=tokens)
-
-    def config(self, model: Llama) -> ModelConfig:
-        "The model's configuration with this context; raises `BadInput` where it has less."
-        wanted, context = self.max_model_len, model.config.max_position_embeddings
-        if wanted is None: return model.config
-        if wanted <= context: return replace(model.config, max_position_embeddings=wanted)
-        raise BadInput(f"max_model_len is {wanted}, and the model's context is {context}")
-
-# %% ../../nbs/04_blocks.ipynb #f7db0f8c
-STEP_TOKENS = {'CPU': 256, 'CUDA': 2048}    # of a step; chapter 09i measures them
-
-def activation_bytes(
-    c: ModelConfig, # shapes, and the context
-    args: EngineArgs, # most tokens and sequences of a step
-) -> int: # bytes
-    "An upper bound of what one step needs beside weights and pool, with portable attention."
-    T, R = bucket(args.max_num_batched_tokens), bucket(args.max_num_seqs)
-    width = 6 * c.hidden_size + 3 * c.intermediate_size + 3 * c.num_attention_heads * c.head_dim
-    scores = 3 * c.num_attention_heads * c.max_position_embeddings
-    return 4 * (T * (width + scores) + 3 * min(R, T) * c.vocab_size)
-
-# %% ../../nbs/04_blocks.ipynb #c87caf31
-CPU_POOL = 2**30   # bytes; a computer's memory is not ours alone, and filling it takes time
-
-def pool_blocks(
-    model: Llama, # on its device
-    args: EngineArgs, # what is wanted
-) -> int: # blocks, with block 0
-    "Size the pool by what the device has left. Raises `BadInput` where that is too little."
-    config, device = args.config(model), model.embedding.device.split(':')[0]
-    args = args.on(device)
-    free = free_memory(device)
-    room = max(0, int(args.gpu_memory_utilization * free) - activation_bytes(config, args))
-    cap = min(room, CPU_POOL) if device == 'CPU' else room
-    block = kv_bytes(model) * args.block_size
-    useful = args.max_num_seqs * -(-config.max_position_embeddings // args.block_size) + 1
-    blocks = args.num_blocks or max(2, min(cap // block, useful))
-    if blocks * block <= room: return blocks
-    raise BadInput(f'a pool of {blocks} blocks takes {blocks * block / 1e9:.2f} GB; {device} has '
-                   f'{free / 1e9:.2f} GB free, of which a pool may take {room / 1e9:.2f}; '
-                   'lower num_blocks, max_num_batched_tokens or max_model_len')

@@ -4,23 +4,20 @@
 
 # %% ../../nbs/10c_fusion.ipynb #9d76e7b6
 from __future__ import annotations
-from pathlib import Path
 import warnings
 from ..errors import BadInput
-from ..kernels.flash import best_cache
-from .llama import (DTYPES, Layer, Linear, Llama, RMSNorm, apply_rope, load_model,
-                            rope_table)
-from ..kernels.metal import DEVICES, Kernel
+from .llama import Layer, Linear, Llama, RMSNorm, apply_rope, rope_table
+from ..kernels.metal import Kernel
 from ..kv_cache.paged import PagedBatch, PagedKVCache
-from ..quant.pack import (Packed, PackedLlama, concat, dense, embed, linear, load_packed,
-                            packed_state, swiglu)
+from tinyvllm.quant.pack import (Packed, PackedLlama, concat, dense, embed, linear, packed_state,
+    swiglu)
 from ..kernels.simd import check_shapes, element
-from .weights import Checkpoint, free_cache
-from tinygrad import Device, Tensor, dtypes
+from .weights import free_cache
+from tinygrad import Tensor
 
 # %% auto #0
 __all__ = ['METAL_ROPE', 'C_ROPE', 'ROPE_WRITE', 'stacked', 'turned', 'joined', 'rope_write', 'FusedKVCache', 'FusedLayer',
-           'FusedLlama', 'state_of', 'fused', 'fused_cache', 'recast', 'best_model']
+           'FusedLlama', 'state_of', 'fused', 'recast']
 
 # %% ../../nbs/10c_fusion.ipynb #ad95fffb
 def stacked(
@@ -258,15 +255,6 @@ def fused(
     packed.freqs = model.freqs
     return FusedLlama(packed)
 
-def fused_cache(
-    model: Llama, # gives the shapes, the dtype and the device
-    num_blocks: int, # in the pool, with block 0
-    block_size: int = 16, # tokens per block
-) -> PagedKVCache:
-    "The cache that goes with a model."
-    kind = FusedKVCache if isinstance(model, FusedLlama) else best_cache
-    return kind(model, num_blocks, block_size)
-
 # %% ../../nbs/10c_fusion.ipynb #f2a59a27
 def recast(
     w: Packed | Tensor, # a matrix, or the weight of a norm
@@ -275,22 +263,3 @@ def recast(
     "Change the type of what is stored as plain numbers."
     if isinstance(w, Tensor) or w.format.bits < 16 or w.parts[0].dtype == dtype: return w
     return dense(w.parts[0].cast(dtype).contiguous().realize())
-
-def best_model(
-    path: str | Path | Checkpoint, # a folder or a file
-    dtype: str = 'auto', # of matrices that are not quantised, as for `load_model`
-    device: str | None = None, # tinygrad's name; None is the default device
-    quantization: str | None = None, # int8, int4-g32, ...; None: the numbers that are stored
-) -> Llama:
-    "Load a model in the form that is fastest on its device. Raises `BadInput`."
-    kind = (device or Device.DEFAULT).split(':')[0]
-    if kind not in DEVICES and not quantization: return load_model(path, dtype, device)
-    if dtype not in ('auto', *DTYPES):
-        raise BadInput(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
-    if dtype == 'auto' and kind != 'CPU': dtype = 'float16'
-    config, state = load_packed(path, quantization, device)
-    for name in state:
-        if dtype != 'auto': state[name] = recast(state[name], getattr(dtypes, dtype))
-    packed = PackedLlama(config, state)
-    del state    # else layers that are taken over stay in memory
-    return FusedLlama(packed)

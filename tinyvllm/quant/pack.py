@@ -10,10 +10,9 @@ from functools import cache
 from pathlib import Path
 import numpy as np
 from ..errors import BadInput
-from ..kernels.flash import best_attend
 from ..models.hub import bad_file, reading
 from ..models.llama import Linear, Llama, ModelConfig, RMSNorm, read_config
-from ..kv_cache.paged import PagedBatch, PagedKVCache
+from ..kv_cache.paged import PagedBatch, PagedKVCache, paged_attend
 from ..kernels.simd import check_shapes
 from ..models.tokenizer import load_tokenizer
 from ..models.weights import (BLOCKS, Checkpoint, Entry, free_cache, open_checkpoint, read_tensor,
@@ -613,6 +612,7 @@ class Watched(Linear):
 def input_squares(
     model: Llama, # packed or not; its layers are watched from now on
     ids: list[int], # a text
+    attend=paged_attend, # reads the cache
 ) -> dict[str, Tensor]: # matrix: (K,) mean square of each of its inputs
     "What the layers' products multiply, as llama.cpp's importance matrix has it."
     seen = {}
@@ -622,7 +622,7 @@ def input_squares(
                 if not isinstance(old, Linear): continue
                 place = f'model.layers.{i}.{block}.{name}_proj.weight'
                 setattr(part, name, Watched(old, place, seen))
-    log_likelihoods(model, ids, best_attend(model))
+    log_likelihoods(model, ids, attend)
     return seen
 
 # %% ../../nbs/07d_quant.ipynb #30575737
@@ -708,6 +708,7 @@ def sampled_care(
     config: ModelConfig, # of the model
     sample: str, # a text
     device: str | None, # where
+    choose_attend=None, # a model -> how it attends; None: in portable operations
 ) -> dict[str, Tensor]: # as `input_squares`; nothing, with a warning, where there is no tokenizer
     "Let the model, as it is stored, read a text."
     path = checkpoint.path.parent if checkpoint.path.suffix == '.safetensors' else checkpoint.path
@@ -716,7 +717,8 @@ def sampled_care(
         warnings.warn(f'all columns are rounded alike, since no sample can be read: {error}')
         return {}
     ids = [i for i in ids if i < config.vocab_size]
-    return input_squares(PackedLlama(config, packed_state(checkpoint, None, device)), ids)
+    model = PackedLlama(config, packed_state(checkpoint, None, device))
+    return input_squares(model, ids, choose_attend(model) if choose_attend else paged_attend)
 
 # %% ../../nbs/07d_quant.ipynb #1df4c175
 def load_packed(
@@ -724,10 +726,12 @@ def load_packed(
     quant: str | None=None, # such as int4-g32 or int8; None: as stored
     device: str | None=None, # tinygrad's name; None is the default device
     sample: str=SAMPLE, # a text that shows which inputs are large; empty: all columns alike
+    choose_attend=None, # a model -> how it attends to that text; None: in portable operations
 ) -> tuple[ModelConfig, dict[str, Packed | Tensor]]:
     "A model's configuration and packed weights. Raises `BadInput`."
     checkpoint = path if isinstance(path, Checkpoint) else open_packed(path)
     config = read_config(logical(checkpoint))
     four = quant is not None and format_of(quant).bits == 4
-    care = sampled_care(checkpoint, config, sample, device) if four and sample else None
+    read = four and sample
+    care = sampled_care(checkpoint, config, sample, device, choose_attend) if read else None
     return config, packed_state(checkpoint, quant, device, care)

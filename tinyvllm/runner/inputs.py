@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.random import Philox
 from ..kernels.metal import Kernel
-from ..kernels.sampler import wishes
+from ..kernels.sampler import pack_sampling_params
 from ..core.scheduler import Batch
 from tinygrad import Device, Tensor, UOp, dtypes
 
@@ -148,7 +148,7 @@ class Wishes:
         n = len(batch.seqs)
         for row, seq in enumerate(batch.seqs):
             if self.written[row] is not seq.params:
-                self.memory[row], self.written[row] = wishes(seq.params), seq.params
+                self.memory[row], self.written[row] = pack_sampling_params(seq.params), seq.params
             if seq.params.greedy: continue
             place = len(seq.sampled) + seq.in_flight
             for later in range(batch.steps):

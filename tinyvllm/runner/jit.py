@@ -15,7 +15,8 @@ from .inputs import Inputs, enter, host_visible
 from ..models.llama import Llama
 from ..kernels.metal import Kernel
 from ..kv_cache.paged import PagedBatch
-from ..kernels.sampler import likeliest, penalise, sample
+from ..kernels.sampler import apply_penalties, sample_tokens
+from ..kernels.top_tokens import find_top_tokens
 from ..sampling.sampler import Sampled
 from ..core.scheduler import Batch, Scheduler, Sequence
 from tinygrad import Device, Tensor, TinyJit, dtypes
@@ -318,8 +319,8 @@ class Step:
                            x['owners'], x['starts'])
         raw, wish = runner.model(batch, runner.cache, runner.attend), x['wishes']
         odds = self.steered(raw, x)
-        if 'seen' in x: odds = penalise(odds, x['seen'], x['counts'], x['begins'], wish)
-        mail.post(*sample(odds, wish, raw), likeliest(raw, TOP) if self.tops else None)
+        if 'seen' in x: odds = apply_penalties(odds, x['seen'], x['counts'], x['begins'], wish)
+        mail.post(*sample_tokens(odds, wish, raw), find_top_tokens(raw, TOP) if self.tops else None)
 
     def steered(self, logits: Tensor, x: dict[str, Tensor]) -> Tensor: # (R, V) both
         "What may be said; without masks, edits and plugins the same tensor."

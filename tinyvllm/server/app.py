@@ -49,8 +49,11 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response, StreamingResponse
 from .. import __version__
-from ..engine.llm import (SHUT, AsyncEngine, LLMEngine, RequestOutput, load_engine, settle,
-                             warm_up)
+from ..engine.llm import LLMEngine
+from ..engine.defaults import load_engine
+from ..engine.warmup import warm_up
+from ..engine.async_llm import SHUT, AsyncEngine, settle
+from ..engine.outputs import RequestOutput
 from ..sampling.logits_processors import load_processors
 from ..device import allow_threads
 from ..errors import BadInput

@@ -11,7 +11,9 @@ from itertools import accumulate
 from weakref import WeakKeyDictionary
 import psutil
 from ..core.blocks import BlockManager
-from ..engine.llm import EngineCore, LLMEngine, Request, StatLogger
+from ..engine.llm import LLMEngine
+from ..engine.core import EngineCore
+from ..engine.outputs import Request, StatLogger
 from ..errors import BadInput
 from ..core.scheduler import Batch, Scheduler, Sequence
 from tinygrad.helpers import GlobalCounters

@@ -37,7 +37,7 @@ from pydantic import (
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError, core_schema, from_json
 from ..sampling.logits_processors import depth
-from ..engine.llm import CompletionOutput, Logprob, RequestOutput
+from ..engine.outputs import CompletionOutput, Logprob, RequestOutput
 from ..errors import BadInput
 from ..sampling.params import SamplingParams, StructuredOutputs
 from ..models.tokenizer import Tokenizer
