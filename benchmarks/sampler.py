@@ -19,7 +19,8 @@ from tinygrad import Device, Tensor
 from tinyvllm.models.llama import InputBatch, NoCache, dense_attend, load_model
 from tinyvllm.measure import machine_name
 from tinyvllm.runner.jit import captured
-from tinyvllm.kernels.sampler import likeliest, sample, wishes
+from tinyvllm.kernels.sampler import pack_sampling_params, sample_tokens
+from tinyvllm.kernels.top_tokens import find_top_tokens
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampler, draw_uniform
 from tinyvllm.models.tokenizer import load_tokenizer
@@ -32,7 +33,7 @@ ROWS, REPEAT = 25, 15
 
 
 def real_logits(rows):
-    "Scores (rows, V) of the next token, at the last places of a text."
+    "Logits (rows, V) of the next token, at the last places of a text."
     path = resolve('smollm2')
     text = (Path(__file__).parents[1] / 'nbs' / 'data' / 'prose.txt').read_text()
     ids = load_tokenizer(path).encode(text[:1000])[:64]
@@ -43,10 +44,10 @@ def real_logits(rows):
 
 def drawn(logits, params, positions):
     "What the kernel chooses, for one setting a row."
-    table = np.array([wishes(p) for p in params], np.float32)
+    table = np.array([pack_sampling_params(p) for p in params], np.float32)
     table[:, 4] = [min(draw_uniform(p.seed, i), 1 - 2**-24) for p, i in zip(params, positions)]
-    ids, scores = sample(logits, Tensor(table))
-    Tensor.realize(ids, scores)
+    ids, parts = sample_tokens(logits, Tensor(table))
+    Tensor.realize(ids, parts)
     return ids.numpy()
 
 
@@ -66,13 +67,13 @@ def times(logits):
     x, row = Tensor(logits).realize(), logits[0]
     for name, setting in SETTINGS.items():
         params = SamplingParams(seed=1, **setting)
-        table = np.array([wishes(params)] * len(logits), np.float32)
+        table = np.array([pack_sampling_params(params)] * len(logits), np.float32)
         table[:, 4] = np.linspace(0, 0.99, len(logits))
         wanted = Tensor(table).realize()
-        replay = captured(lambda: Tensor.realize(*sample(x, wanted)))
+        replay = captured(lambda: Tensor.realize(*sample_tokens(x, wanted)))
         host, kernel = fastest(lambda: Sampler(params)(row), replay)
         yield dict(what=name, host_us=round(host * 1e6), kernel_us=round(kernel / len(logits) * 1e6, 1))
-    tops, = fastest(captured(lambda: Tensor.realize(*likeliest(x, 20))))
+    tops, = fastest(captured(lambda: Tensor.realize(*find_top_tokens(x, 20))))
     yield dict(what='20 likeliest', kernel_us=round(tops / len(logits) * 1e6, 1))
 
 

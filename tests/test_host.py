@@ -20,7 +20,7 @@ from tinyvllm.runner.jit import Mail
 from tinyvllm.kernels.sampler import pack_sampling_params
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampled, draw_uniform
-from tinyvllm.core.scheduler import Batch, Sequence
+from tinyvllm.core.sequence import Batch, Sequence
 from tinyvllm.models.weights import tiny_checkpoint
 
 cases = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -51,7 +51,7 @@ def sequence(rng, i, n, flying, width):
 
 def decision(rng, tokens, rows, width, steps):
     "A batch that fits, and for those in flight the row in which they spoke."
-    batch, places = Batch(BLOCK), {}
+    entries, places = [], {}
     size, speak = int(rng.integers(1, rows + 1)), tokens == rows
     spare, free = tokens - size, rng.permutation(10**5).tolist()
     for i in range(size):
@@ -59,18 +59,18 @@ def decision(rng, tokens, rows, width, steps):
         spare -= n - 1
         seq = sequence(rng, i, n, rng.random() < 0.5, width)
         blocks = -(-(seq.num_computed + n + steps - 1) // BLOCK)
-        batch.add(seq, n, [1 + free.pop() for _ in range(blocks)], [])
+        entries.append((seq, n, [1 + free.pop() for _ in range(blocks)]))
         if seq.in_flight:
             places[i] = int(rng.integers(LAST))
-    batch.steps = int(rng.integers(1, steps + 1)) if speak else 1
-    return batch, places
+    chosen = int(rng.integers(1, steps + 1)) if speak else 1
+    return Batch.of(entries, BLOCK, steps=chosen), places
 
 
 def expected(batch, places, last, later, tokens, rows):
     "In loops, one token after the other."
     made = {name: [0] * tokens for name in ('tokens', 'positions', 'slots', 'owners')}
     at, ends, odds = 0, [], np.zeros((rows, 8), np.float32)
-    for row, (seq, n, table) in enumerate(zip(batch.seqs, batch.num_new, batch.tables)):
+    for row, (seq, n, table) in enumerate(zip(batch.seqs, batch.num_new, batch.block_tables)):
         for i in range(n):
             place = seq.num_computed + later + i
             if later:
@@ -211,12 +211,12 @@ def page_of(rows=4, width=8, steps=2):
 
 
 def batch_of(*tables, params=None):
-    batch = Batch(BLOCK)
+    entries = []
     for i, table in enumerate(tables):
         seq = Sequence(i, [1, 2], params[i] if params else SamplingParams(temperature=0))
         seq.num_computed = 1
-        batch.add(seq, 1, table, [])
-    return batch
+        entries.append((seq, 1, table))
+    return Batch.of(entries, BLOCK)
 
 
 def test_only_new_blocks_are_written():

@@ -12,244 +12,215 @@ from ..sampling.params import SamplingParams
 from tinygrad import Tensor, dtypes
 
 # %% auto #0
-__all__ = ['ORDER', 'C_HELPERS', 'CUT', 'C_PASSES', 'C_PEAK', 'C_DRAW', 'C_TOOLS', 'C_SAMPLE', 'M_HELPERS', 'M_PASSES', 'M_DRAW',
-           'M_BEGIN', 'M_SAMPLE', 'SAMPLE', 'M_PENALTIES', 'C_PENALTIES', 'PENALISE', 'C_LIKELIEST', 'M_LIKELIEST',
-           'LIKELIEST', 'wishes', 'sample', 'penalise', 'likeliest']
+__all__ = ['C_WORDS', 'METAL_WORDS', 'FLOAT_KEYS', 'THRESHOLD', 'C_LOOKS', 'C_TOOLS', 'C_SAMPLE', 'METAL_SAMPLE', 'SAMPLE',
+           'METAL_PENALTIES', 'C_PENALTIES', 'PENALTIES', 'pack_sampling_params', 'sample_tokens', 'apply_penalties']
 
-# %% ../../nbs/07a_sampler.ipynb #655f0d30
-ORDER = '''
-inlined uint key_of(float x) {
-  const uint b = BITS(x);
-  return b >> 31 ? ~b + (b == 0x80000000u) : b | 0x80000000u;
-}
-inlined float of_key(uint k) { return FLOAT(k >> 31 ? k & 0x7fffffffu : ~k); }
-inlined int broken(float x) {    // NaN or +inf
-  const uint b = BITS(x);
-  return (b & 0x7fffffffu) > 0x7f800000u || b == 0x7f800000u;
-}
-// the highest threshold that still leaves enough above it; the lowest one does
-#define HIGHEST(floor, enough)                                           \\
-  {                                                                      \\
-    uint low = key_of(floor), high = key_of(top);                        \\
-    while (low < high) {                                                 \\
-      const uint middle = low + (high - low + 1) / 2;                    \\
-      const Above a = ABOVE(middle);                                     \\
-      if (enough) low = middle; else high = middle - 1;                  \\
-    }                                                                    \\
-    least = low;                                                         \\
-  }
-#define TEMPERATURE wish[0]
-#define MARGIN wish[1]
-#define TOP_P wish[2]
-#define TOP_K wish[3]
-#define CHANCE wish[4]
-typedef struct { float mass; int count; } Above;
-'''
-
-# %% ../../nbs/07a_sampler.ipynb #2f211267
-C_HELPERS = '''
-inlined uint BITS(float x) { uint b; __builtin_memcpy(&b, &x, 4); return b; }
-inlined float FLOAT(uint b) { float x; __builtin_memcpy(&x, &b, 4); return x; }
+# %% ../../nbs/07a_sampler.ipynb #490a4351
+C_WORDS = '''
+inlined uint bits_of(float x) { uint b; __builtin_memcpy(&b, &x, 4); return b; }
+inlined float float_of(uint b) { float x; __builtin_memcpy(&x, &b, 4); return x; }
+inlined float ceiling(float x) { int i = x > 1e9f ? 1000000000 : (int)x; return i + (i < x); }
 #define max_of(a, b) ((a) > (b) ? (a) : (b))
 #define min_of(a, b) ((a) < (b) ? (a) : (b))
-#define ABOVE(key) above(z, w, of_key(key))
-inlined float ceiling(float x) { int i = x > 1e9f ? 1000000000 : (int)x; return i + (i < x); }
+#define THREAD_PARAMETERS
+#define THREAD
 '''
 
-# %% ../../nbs/07a_sampler.ipynb #40b98a04
-CUT = '''
-      uint least = key_of(max_of(top - MARGIN, -3.4e38f));
-      int ties = V;
-      if (TOP_K > 0 && TOP_K < V && ABOVE(least).count > TOP_K) {
-        HIGHEST(of_key(least), a.count >= TOP_K)
-        ties = TOP_K - ABOVE(least + 1).count;
-      }
-      if (TOP_P < 1) {
-        const uint before = least;
-        const Above over = ABOVE(least + 1), all = ABOVE(least);
-        const int equal = all.count - over.count;
-        const float each = equal ? (all.mass - over.mass) / equal : 0;
-        const float goal = TOP_P * (over.mass + each * min_of(ties, equal));
-        HIGHEST(of_key(least), a.mass >= goal)
-        const Above more = ABOVE(least + 1), here = ABOVE(least);
-        const float one = (here.mass - more.mass) / max_of(1, here.count - more.count);
-        const int need = one > 0 ? (int)max_of(1.0f, ceiling((goal - more.mass) / one)) : 1;
-        ties = least == before ? min_of(ties, need) : need;
-      }
-'''
-
-# %% ../../nbs/07a_sampler.ipynb #b37ddfa0
-C_PASSES = '''
-inlined Above above(const float* z, const float* w, float least) {
-  vec mass = {0};
-  ivec count = {0};
-  int i = 0, n = 0;
-  for (; i + LANES <= V; i += LANES) {
-    ivec in = load(z + i) >= least;
-    mass += pick(in, load(w + i), (vec)0), count -= in;
-  }
-  float sum = total(mass);
-  for (int j = 0; j < LANES; j++) n += count[j];
-  for (; i < V; i++) if (z[i] >= least) sum += w[i], n++;
-  return (Above){sum, n};
-}
-inlined float spread(float* w, const float* z, float top, float by) {   // w = exp((z - top) by)
-  double sum = 0;
-  for (int i = 0; i < V; i += LANES) {
-    vec x = (vec)-1e30f;
-    if (i + LANES <= V) x = (load(z + i) - top) * by;
-    else for (int j = i; j < V; j++) x[j - i] = (z[j] - top) * by;
-    x = exponential(x);
-    if (i + LANES <= V) *(stored*)(w + i) = x;
-    else for (int j = i; j < V; j++) w[j] = x[j - i];
-    sum += total(pick(x > 1e-37f, x, (vec)0));
-  }
-  return sum;
-}
-'''
-
-# %% ../../nbs/07a_sampler.ipynb #e6e5a535
-C_PEAK = '''
-inlined int peak(const float* z, int* faults) {   // the first of the largest
-  vec high = (vec)-__builtin_inff();
-  ivec bad = {0};
-  int i = 0;
-  for (; i + LANES <= V; i += LANES) {
-    vec x = load(z + i);
-    ivec b = (ivec)x;
-    high = pick(x > high, x, high), bad |= ((b & 0x7fffffff) > 0x7f800000) | (b == 0x7f800000);
-  }
-  float top = highest(high);
-  for (int j = 0; j < LANES; j++) *faults |= bad[j];
-  for (; i < V; i++) *faults |= broken(z[i]), top = z[i] > top ? z[i] : top;
-  for (i = 0; i < V - 1 && z[i] != top; i++) {}
-  return i;
-}
-'''
-
-# %% ../../nbs/07a_sampler.ipynb #5ad0bc73
-C_DRAW = '''
-inlined int drawn(float* w, const float* z, uint key, int ties, float chance) {
-  const float least = of_key(key);
-  double sum = 0, goal;          // a float would lose the small ones behind a long row
-  for (int i = 0; i < V; i++)
-    if (z[i] < least || (z[i] == least && ties-- <= 0)) w[i] = 0;
-  for (int i = 0; i < V; i++) sum += w[i];
-  goal = sum * chance, sum = 0;
-  int last = -1;
-  for (int i = 0; i < V; i++)
-    if (w[i] > 0) { last = i; if ((sum += w[i]) > goal) break; }
-  return last;
-}
-'''
-
-# %% ../../nbs/07a_sampler.ipynb #f7042e5e
-C_TOOLS = VECTORS + EXPONENTIAL + C_HELPERS + ORDER + C_PASSES + C_PEAK + C_DRAW
-C_SAMPLE = C_TOOLS + '''
-WIDE kernel void sample(device int* ids, device float* scores, device float* weights,
-    device const float* logits, device const float* raw, device const float* wishes) {
-  for (int r = 0; r < ROWS; r++) {
-    const float *z = logits + (long)r * V, *l = raw + (long)r * V, *wish = wishes + r * 8;
-    float* w = weights + (long)r * V;
-    int faults = 0, high = peak(l, &faults), best = l == z ? high : peak(z, &faults);
-    const float top = z[best], sum = spread(w, l, l[high], 1);
-    if (TEMPERATURE > 0) {
-      if (l != z || TEMPERATURE != 1) spread(w, z, top, 1 / TEMPERATURE);
-''' + CUT + '''
-      best = drawn(w, z, least, ties, CHANCE);
-    }
-    if (faults || !(top > -3.4e38f)) best = -1;
-    ids[r] = best;
-    scores[2 * r] = best < 0 ? 0 : l[best] - l[high], scores[2 * r + 1] = best < 0 ? 1 : sum;
-  }
-}'''
-
-# %% ../../nbs/07a_sampler.ipynb #4a1a36ff
-M_HELPERS = '''
-#define BITS(x) as_type<uint>(x)
-#define FLOAT(b) as_type<float>(b)
+# %% ../../nbs/07a_sampler.ipynb #7b2ce5db
+METAL_WORDS = '''
+#define bits_of(x) as_type<uint>(x)
+#define float_of(b) as_type<float>(b)
+#define ceiling(x) ceil(x)
 #define max_of(a, b) max(a, b)
 #define min_of(a, b) min(a, b)
-#define ceiling(x) ceil(x)
+#define THREAD_PARAMETERS , uint me, uint lane, uint simd, threadgroup float* shared
+#define THREAD , me, lane, simd, shared
 #define EACH(i) for (int i = me; i < V; i += 32 * SIMDS)
+// what all threads of the threadgroup found, joined: within a simdgroup, then between them
 #define ALL(result, T, value, simd_all, join)                            \\
   T result = simd_all(value);                                            \\
   {                                                                      \\
-    threadgroup T* part = (threadgroup T*)parts;                         \\
+    threadgroup T* part = (threadgroup T*)shared;                        \\
     threadgroup_barrier(mem_flags::mem_threadgroup);                     \\
     if (lane == 0) part[simd] = result;                                  \\
     threadgroup_barrier(mem_flags::mem_threadgroup);                     \\
     result = part[0];                                                    \\
     for (int s = 1; s < SIMDS; s++) { const T x = part[s]; result = join; } \\
   }
-#define ABOVE(key) above(z, w, key, me, lane, simd, parts)
 '''
 
-# %% ../../nbs/07a_sampler.ipynb #d5a90c50
-M_PASSES = '''
-inlined Above above(device const float* z, device const float* w, uint least,
-                    uint me, uint lane, uint simd, threadgroup float* parts) {
+# %% ../../nbs/07a_sampler.ipynb #00fc8a32
+FLOAT_KEYS = '''
+inlined uint key_of(float x) {        // floats as unsigned integers in the same order
+  const uint b = bits_of(x);
+  return b >> 31 ? ~b + (b == 0x80000000u) : b | 0x80000000u;
+}
+inlined float of_key(uint k) { return float_of(k >> 31 ? k & 0x7fffffffu : ~k); }
+inlined int is_broken(float x) {      // NaN or +inf
+  const uint b = bits_of(x);
+  return (b & 0x7fffffffu) > 0x7f800000u || b == 0x7f800000u;
+}
+'''
+
+# %% ../../nbs/07a_sampler.ipynb #e84e9fa2
+THRESHOLD = '''
+#define TEMPERATURE params[0]     // the numbers of a row: see `pack_sampling_params`
+#define MARGIN params[1]
+#define TOP_P params[2]
+#define TOP_K params[3]
+#define UNIFORM params[4]
+typedef struct { float mass; int count; } Above;
+typedef struct { uint least; int ties; } Threshold;   // keys above `least` stay, and some equal ones
+inlined Above above(device const float* x, device const float* w, uint key THREAD_PARAMETERS);
+
+// The highest key with so many logits at or above it, or with so much mass if `count` is 0.
+inlined uint highest_key(device const float* x, device const float* w, uint low, uint high,
+                         int count, float mass THREAD_PARAMETERS) {
+  while (low < high) {
+    const uint middle = low + (high - low + 1) / 2;
+    const Above a = above(x, w, middle THREAD);
+    if (count ? a.count >= count : a.mass >= mass) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+inlined Threshold find_threshold(device const float* x, device const float* w, float top,
+                                 device const float* params THREAD_PARAMETERS) {
+  uint least = key_of(max_of(top - MARGIN, -3.4e38f));
+  int ties = V;
+  if (TOP_K > 0 && TOP_K < V && above(x, w, least THREAD).count > TOP_K) {
+    least = highest_key(x, w, least, key_of(top), TOP_K, 0 THREAD);
+    ties = TOP_K - above(x, w, least + 1 THREAD).count;
+  }
+  if (TOP_P < 1) {
+    const uint before = least;
+    const Above over = above(x, w, least + 1 THREAD), all = above(x, w, least THREAD);
+    const int equal = all.count - over.count;
+    const float each = equal ? (all.mass - over.mass) / equal : 0;
+    const float goal = TOP_P * (over.mass + each * min_of(ties, equal));
+    least = highest_key(x, w, least, key_of(top), 0, goal THREAD);
+    const Above more = above(x, w, least + 1 THREAD), here = above(x, w, least THREAD);
+    const float one = (here.mass - more.mass) / max_of(1, here.count - more.count);
+    const int need = one > 0 ? (int)max_of(1.0f, ceiling((goal - more.mass) / one)) : 1;
+    ties = least == before ? min_of(ties, need) : need;
+  }
+  Threshold found;
+  found.least = least;
+  found.ties = ties;
+  return found;
+}
+'''
+
+# %% ../../nbs/07a_sampler.ipynb #1271dd39
+C_LOOKS = '''
+inlined Above above(const float* x, const float* w, uint key) {
+  const float least = of_key(key);
+  vec mass = {0};
+  ivec count = {0};
+  int i = 0, n = 0;
+  for (; i + LANES <= V; i += LANES) {
+    ivec in = load(x + i) >= least;
+    mass += pick(in, load(w + i), (vec)0), count -= in;
+  }
+  float sum = total(mass);
+  for (int j = 0; j < LANES; j++) n += count[j];
+  for (; i < V; i++) if (x[i] >= least) sum += w[i], n++;
+  return (Above){sum, n};
+}
+inlined int find_peak(const float* x, int* faults) {   // the first of the largest
+  vec high = (vec)-__builtin_inff();
+  ivec bad = {0};
+  int i = 0;
+  for (; i + LANES <= V; i += LANES) {
+    vec y = load(x + i);
+    ivec b = (ivec)y;
+    high = pick(y > high, y, high), bad |= ((b & 0x7fffffff) > 0x7f800000) | (b == 0x7f800000);
+  }
+  float top = highest(high);
+  for (int j = 0; j < LANES; j++) *faults |= bad[j];
+  for (; i < V; i++) *faults |= is_broken(x[i]), top = x[i] > top ? x[i] : top;
+  for (i = 0; i < V - 1 && x[i] != top; i++) {}
+  return i;
+}
+'''
+C_TOOLS = VECTORS + EXPONENTIAL + C_WORDS + FLOAT_KEYS + THRESHOLD + C_LOOKS
+
+# %% ../../nbs/07a_sampler.ipynb #bc0bfb29
+C_SAMPLE = '''
+inlined float exponentiate(float* w, const float* x, float top, float by) {  // exp((x - top) by)
+  double sum = 0;
+  for (int i = 0; i < V; i += LANES) {
+    vec y = (vec)-1e30f;
+    if (i + LANES <= V) y = (load(x + i) - top) * by;
+    else for (int j = i; j < V; j++) y[j - i] = (x[j] - top) * by;
+    y = exponential(y);
+    if (i + LANES <= V) store(w + i, y);
+    else for (int j = i; j < V; j++) w[j] = y[j - i];
+    sum += total(pick(y > 1e-37f, y, (vec)0));
+  }
+  return sum;
+}
+inlined int draw(float* w, const float* x, uint key, int ties, float uniform) {
+  const float least = of_key(key);
+  double sum = 0, goal;          // a float would lose the small ones behind a long row
+  for (int i = 0; i < V; i++)
+    if (x[i] < least || (x[i] == least && ties-- <= 0)) w[i] = 0;
+  for (int i = 0; i < V; i++) sum += w[i];
+  goal = sum * uniform, sum = 0;
+  int last = -1;
+  for (int i = 0; i < V; i++)
+    if (w[i] > 0) { last = i; if ((sum += w[i]) > goal) break; }
+  return last;
+}
+WIDE kernel void sample(device int* ids, device float* logprob_parts, device float* weights,
+    device const float* logits, device const float* raw_logits, device const float* settings) {
+  for (int r = 0; r < ROWS; r++) {
+    const float *x = logits + (long)r * V, *raw = raw_logits + (long)r * V;
+    const float* params = settings + r * 8;
+    float* w = weights + (long)r * V;
+    int faults = 0, high = find_peak(raw, &faults), best = raw == x ? high : find_peak(x, &faults);
+    const float top = x[best], sum = exponentiate(w, raw, raw[high], 1);
+    if (TOP_K < 0) best = -1 - TOP_K;            // this token, whatever its logit
+    else if (TEMPERATURE > 0) {
+      if (raw != x || TEMPERATURE != 1) exponentiate(w, x, top, 1 / TEMPERATURE);
+      const Threshold t = find_threshold(x, w, top, params);
+      best = draw(w, x, t.least, t.ties, UNIFORM);
+    }
+    if (faults || !(top > -3.4e38f)) best = -1;
+    logprob_parts[2 * r] = best < 0 ? 0 : raw[best] - raw[high];
+    logprob_parts[2 * r + 1] = best < 0 ? 1 : sum;
+    ids[r] = best;
+  }
+}'''
+
+# %% ../../nbs/07a_sampler.ipynb #98274893
+METAL_SAMPLE = '''
+inlined Above above(device const float* x, device const float* w, uint least THREAD_PARAMETERS) {
   float m = 0;
   int n = 0;
-  EACH(i) if (key_of(z[i]) >= least) { m += w[i]; n++; }
+  EACH(i) if (key_of(x[i]) >= least) { m += w[i]; n++; }
   ALL(mass, float, m, simd_sum, mass + x)
   ALL(count, int, n, simd_sum, count + x)
   Above a;
   a.mass = mass, a.count = count;
   return a;
 }
-'''
-
-# %% ../../nbs/07a_sampler.ipynb #619c966a
-M_DRAW = '''
-      threadgroup float* sums = parts + SIMDS;
-      const int chunk = (V + 32 * SIMDS - 1) / (32 * SIMDS);
-      const int from = me * chunk, to = min(V, from + chunk);
-      int equal = 0;
-      for (int i = from; i < to; i++) equal += key_of(z[i]) == least;
-      sums[me] = equal;
-      threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
-      for (int j = 0; j < int(me); j++) ties -= int(sums[j]);
-      float mine = 0;
-      for (int i = from; i < to; i++) {
-        const uint key = key_of(z[i]);
-        if (key < least || (key == least && ties-- <= 0)) w[i] = 0;
-        mine += w[i];
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      sums[me] = mine;
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      float before = 0, sum = 0;
-      for (int j = 0; j < 32 * SIMDS; j++) { if (j == int(me)) before = sum; sum += sums[j]; }
-      const float goal = sum * CHANCE;
-      if (before <= goal && goal < before + mine) {
-        int last = -1;
-        for (int i = from; i < to && !(before > goal); i++)
-          if (w[i] > 0) { last = i; before += w[i]; }
-        chosen[0] = last;
-      }
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      best = chosen[0];
-'''
-
-# %% ../../nbs/07a_sampler.ipynb #9803c92c
-M_BEGIN = '''
-kernel void sample(device int* ids, device float* scores, device float* weights,
-    device const float* logits, device const float* raw, device const float* wishes,
+kernel void sample(device int* ids, device float* logprob_parts, device float* weights,
+    device const float* logits, device const float* raw_logits, device const float* settings,
     uint row [[threadgroup_position_in_grid]], uint me [[thread_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]], uint simd [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float parts[SIMDS + 32 * SIMDS];
+  threadgroup float shared[SIMDS + 32 * SIMDS];
   threadgroup int chosen[1];
-  device const float *z = logits + long(row) * V, *l = raw + long(row) * V;
-  device const float* wish = wishes + row * 8;
+  device const float *x = logits + long(row) * V, *raw = raw_logits + long(row) * V;
+  device const float* params = settings + row * 8;
   device float* w = weights + long(row) * V;
   uint key = 0;
   int faults = 0, first = V;
   float peak = -3.4e38f, add = 0;        // the largest so far, and a sum in its unit
   EACH(i) {
-    const float y = l[i], higher = max(peak, y);
-    if (key_of(z[i]) > key) { key = key_of(z[i]); first = i; }
-    faults += broken(z[i]) + broken(y);
+    const float y = raw[i], higher = max(peak, y);
+    if (key_of(x[i]) > key) { key = key_of(x[i]); first = i; }
+    faults += is_broken(x[i]) + is_broken(y);
     add = add * exp(peak - higher) + exp(y - higher);
     peak = higher;
   }
@@ -258,151 +229,125 @@ kernel void sample(device int* ids, device float* scores, device float* weights,
   ALL(bad, int, faults, simd_sum, bad + x)
   ALL(high, float, peak, simd_max, max(high, x))
   ALL(whole, float, add * exp(peak - high), simd_sum, whole + x)
-'''
-
-# %% ../../nbs/07a_sampler.ipynb #192cbf8f
-M_SAMPLE = M_HELPERS + ORDER + M_PASSES + M_BEGIN + '''
   const float top = of_key(top_key);
-  if (bad == 0 && TEMPERATURE > 0) {
+  if (TOP_K < 0) best = int(-1 - TOP_K);   // this token, whatever its logit
+  else if (bad == 0 && TEMPERATURE > 0) {
     if (me == 0) chosen[0] = best;
-    EACH(i) w[i] = exp((z[i] - top) / TEMPERATURE);
+    EACH(i) w[i] = exp((x[i] - top) / TEMPERATURE);
     threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
-''' + CUT + M_DRAW + '''
+    const Threshold t = find_threshold(x, w, top, params THREAD);
+    threadgroup float* sums = shared + SIMDS;
+    const int chunk = (V + 32 * SIMDS - 1) / (32 * SIMDS);
+    const int from = me * chunk, to = min(V, from + chunk);
+    int equal = 0, ties = t.ties;
+    for (int i = from; i < to; i++) equal += key_of(x[i]) == t.least;
+    sums[me] = equal;
+    threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+    for (int j = 0; j < int(me); j++) ties -= int(sums[j]);
+    float mine = 0;
+    for (int i = from; i < to; i++) {
+      const uint k = key_of(x[i]);
+      if (k < t.least || (k == t.least && ties-- <= 0)) w[i] = 0;
+      mine += w[i];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    sums[me] = mine;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    float before = 0, sum = 0;
+    for (int j = 0; j < 32 * SIMDS; j++) { if (j == int(me)) before = sum; sum += sums[j]; }
+    const float goal = sum * UNIFORM;
+    if (before <= goal && goal < before + mine) {
+      int last = -1;
+      for (int i = from; i < to && !(before > goal); i++)
+        if (w[i] > 0) { last = i; before += w[i]; }
+      chosen[0] = last;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    best = chosen[0];
   }
   if (bad || !(top > -3.4e38f)) best = -1;
   if (me == 0) {
     ids[row] = best;
-    scores[2 * row] = best < 0 ? 0.0f : l[best] - high;
-    scores[2 * row + 1] = best < 0 ? 1.0f : whole;
+    logprob_parts[2 * row] = best < 0 ? 0.0f : raw[best] - high;
+    logprob_parts[2 * row + 1] = best < 0 ? 1.0f : whole;
   }
 }'''
-SAMPLE = Kernel(M_SAMPLE, c=C_SAMPLE)
 
-# %% ../../nbs/07a_sampler.ipynb #58eaf05b
+# %% ../../nbs/07a_sampler.ipynb #91fea67b
 @cache
-def wishes(
+def pack_sampling_params(
     params: SamplingParams, # of a request
-) -> tuple[float, ...]: # 8 numbers, as the kernel reads them; the fifth is the random number
-    "What the kernels know of a request."
-    p = params
-    t = 0.0 if p.greedy else p.temperature
-    margin = -math.log(p.min_p) * t if p.min_p else math.inf    # below the largest logit
-    return (t, margin, p.top_p, max(0, p.top_k), 0.0, p.repetition_penalty, p.presence_penalty,
-            p.frequency_penalty)
+) -> tuple[float, ...]: # 8 numbers; the fifth is left for the random number
+    """Pack temperature, min-p as a margin below the largest logit, top-p, top-k, and the penalties.
 
-# %% ../../nbs/07a_sampler.ipynb #b24c9a76
-def sample(
-    logits: Tensor, # (R, V) float32, after penalties
-    wishes: Tensor, # (R, 8) float32
-    raw: Tensor | None = None, # (R, V) float32 of the model; None: the same
+    The kernels read them as a row. A top-k of -1 - id makes the kernel return the token `id`."""
+    p = params
+    temperature = 0.0 if p.greedy else p.temperature
+    margin = -math.log(p.min_p) * temperature if p.min_p else math.inf
+    return (temperature, margin, p.top_p, max(0, p.top_k), 0.0, p.repetition_penalty,
+            p.presence_penalty, p.frequency_penalty)
+
+# %% ../../nbs/07a_sampler.ipynb #bdd6119e
+SAMPLE = Kernel(METAL_WORDS + FLOAT_KEYS + THRESHOLD + METAL_SAMPLE, c=C_TOOLS + C_SAMPLE)
+
+def sample_tokens(
+    logits: Tensor, # (R, V) float32, after penalties and masks
+    settings: Tensor, # (R, 8) float32, of `pack_sampling_params`, with random numbers
+    raw_logits: Tensor | None = None, # (R, V) float32 of the model; None: the same
     simds: int | None = None, # simdgroups that share a row; None: 8, on CUDA 32
-) -> tuple[Tensor, Tensor]: # ids (R,) int32, -1 for none; scores (R, 2) float32
-    "A token for each row. Its log-probability is `scores[0] - log(scores[1])`."
+) -> tuple[Tensor, Tensor]: # ids (R,) int32, -1 for none; parts (R, 2) float32
+    "Sample a token for each row. Its log-probability is `parts[0] - log(parts[1])`."
     (R, V), device = logits.shape, logits.device
     simds = simds or (32 if device.startswith('CUDA') else 8)
-    def empty(*shape, dtype=dtypes.float): return Tensor.empty(*shape, dtype=dtype, device=device)
+    def empty(*shape, dtype=dtypes.float):
+        return Tensor.empty(*shape, dtype=dtype, device=device)
     outs = empty(R, dtype=dtypes.int32), empty(R, 2), empty(R, V)
-    return SAMPLE(*outs, logits, logits if raw is None else raw, wishes, grid=(R,),
-                  threads=(32 * simds,), ops=R * V, nbytes=4 * R * V, T='float', WIDTH=32, V=V,
-                  ROWS=R, SIMDS=simds)[:2]
+    raw = logits if raw_logits is None else raw_logits
+    return SAMPLE(*outs, logits, raw, settings, grid=(R,), threads=(32 * simds,), ops=R * V,
+                  nbytes=4 * R * V, T='float', WIDTH=32, V=V, ROWS=R, SIMDS=simds)[:2]
 
-# %% ../../nbs/07a_sampler.ipynb #dbd7f4b8
-M_PENALTIES = '''
-kernel void penalise(device float* out, device const float* logits, device const int* seen,
-    device const int* counts, device const int* begins, device const float* wishes,
+# %% ../../nbs/07a_sampler.ipynb #91d7dc33
+METAL_PENALTIES = '''
+kernel void penalties(device float* out, device const float* logits, device const int* seen,
+    device const int* counts, device const int* begins, device const float* settings,
     uint row [[threadgroup_position_in_grid]], uint me [[thread_index_in_threadgroup]]) {
   for (int i = me; i < V; i += 256) out[long(row) * V + i] = logits[long(row) * V + i];
   threadgroup_barrier(mem_flags::mem_device);
-  device const float* wish = wishes + row * 8;
+  device const float* params = settings + row * 8;
+  const float repetition = params[5], presence = params[6], frequency = params[7];
   for (int e = begins[row] + me; e < begins[row + 1]; e += 256) {
     const long at = long(row) * V + seen[e];
     const float x = logits[at];
-    out[at] = (x > 0 ? x / wish[5] : x * wish[5]) - wish[7] * counts[e]
-              - (counts[e] ? wish[6] : 0.0f);
+    out[at] = (x > 0 ? x / repetition : x * repetition) - frequency * counts[e]
+              - (counts[e] ? presence : 0.0f);
   }
 }'''
+
+# %% ../../nbs/07a_sampler.ipynb #45e019d3
 C_PENALTIES = '''
-kernel void penalise(device float* out, device const float* logits, device const int* seen,
-    device const int* counts, device const int* begins, device const float* wishes) {
+kernel void penalties(device float* out, device const float* logits, device const int* seen,
+    device const int* counts, device const int* begins, device const float* settings) {
   for (long i = 0; i < (long)ROWS * V; i++) out[i] = logits[i];
   for (int r = 0; r < ROWS; r++)
     for (int e = begins[r]; e < begins[r + 1]; e++) {
-      const float x = logits[(long)r * V + seen[e]], *wish = wishes + r * 8;
-      out[(long)r * V + seen[e]] = (x > 0 ? x / wish[5] : x * wish[5]) - wish[7] * counts[e]
-                                   - (counts[e] ? wish[6] : 0);
+      const float x = logits[(long)r * V + seen[e]], *params = settings + r * 8;
+      const float repetition = params[5], presence = params[6], frequency = params[7];
+      out[(long)r * V + seen[e]] = (x > 0 ? x / repetition : x * repetition)
+                                   - frequency * counts[e] - (counts[e] ? presence : 0);
     }
 }'''
-PENALISE = Kernel(M_PENALTIES, c=C_PENALTIES)
+PENALTIES = Kernel(METAL_PENALTIES, c=C_PENALTIES)
 
-# %% ../../nbs/07a_sampler.ipynb #4abf6bc9
-def penalise(
+# %% ../../nbs/07a_sampler.ipynb #0378ee00
+def apply_penalties(
     logits: Tensor, # (R, V) float32
-    seen: Tensor, # (E,) int32 tokens that a row has seen, each once, row after row
-    counts: Tensor, # (E,) int32 how often in the answer; 0: only in the prompt
+    seen: Tensor, # (E,) int32 tokens of a row's prompt and output, each once, row after row
+    counts: Tensor, # (E,) int32 how often in the output; 0: only in the prompt
     begins: Tensor, # (R + 1,) int32 first entry of each row, and the end
-    wishes: Tensor, # (R, 8) float32
+    settings: Tensor, # (R, 8) float32, of `pack_sampling_params`
 ) -> Tensor: # (R, V) float32
-    "Repetition, presence and frequency penalties, as in `sampling`."
+    "Apply repetition, presence and frequency penalties, as `process_logits` does on the host."
     R, V = logits.shape
     out = Tensor.empty(R, V, dtype=dtypes.float, device=logits.device)
-    return PENALISE(out, logits, seen, counts, begins, wishes, grid=(R,), threads=(256,), V=V,
-                    ROWS=R, nbytes=8 * R * V)
-
-# %% ../../nbs/07a_sampler.ipynb #d3469524
-C_LIKELIEST = C_TOOLS + '''
-WIDE kernel void likeliest(device int* ids, device float* below, device const float* logits) {
-  for (int r = 0; r < ROWS; r++) {
-    const float *z = logits + (long)r * V, *w = z;
-    int faults = 0, n = 0, *id = ids + r * TOP;
-    const float top = z[peak(z, &faults)];
-    float* x = below + r * TOP;
-    uint least;
-    HIGHEST(-__builtin_inff(), a.count >= TOP)
-    for (int i = 0; i < V; i++) {
-      if (!(z[i] >= of_key(least))) continue;
-      int j = n < TOP ? n++ : TOP;
-      for (; j > 0 && z[i] - top > x[j - 1]; j--)
-        if (j < TOP) x[j] = x[j - 1], id[j] = id[j - 1];
-      if (j < TOP) x[j] = z[i] - top, id[j] = i;
-    }
-  }
-}'''
-
-# %% ../../nbs/07a_sampler.ipynb #b239b799
-M_LIKELIEST = M_HELPERS + ORDER + '''
-kernel void likeliest(device int* ids, device float* below, device const float* logits,
-    uint row [[threadgroup_position_in_grid]], uint me [[thread_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]], uint simd [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float parts[SIMDS];
-  device const float* z = logits + long(row) * V;
-  uint last = 0xffffffffu;
-  int after = V;                       // the next one: a lower key, or the same and a higher id
-  float top = 0;
-  for (int t = 0; t < TOP; t++) {
-    uint key = 0;
-    EACH(i) {
-      const uint k = key_of(z[i]);
-      if (k < last || (k == last && i > after)) key = max(key, k);
-    }
-    ALL(best, uint, key, simd_max, max(best, x))
-    int first = V;
-    EACH(i) if (key_of(z[i]) == best && (best < last || i > after)) first = min(first, i);
-    ALL(id, int, first, simd_min, min(id, x))
-    last = best; after = id;
-    if (t == 0) top = of_key(best);
-    if (me == 0) { ids[row * TOP + t] = id; below[row * TOP + t] = of_key(best) - top; }
-  }
-}'''
-LIKELIEST = Kernel(M_LIKELIEST, c=C_LIKELIEST)
-
-# %% ../../nbs/07a_sampler.ipynb #1bb327f6
-def likeliest(
-    logits: Tensor, # (R, V) float32
-    k: int = 20, # how many of each row, at most V
-    simds: int = 8, # simdgroups that share a row
-) -> tuple[Tensor, Tensor]: # (R, k) ids, best first, equal ones by id; (R, k) logit below the best
-    "The tokens that the model finds likeliest."
-    R, V = logits.shape
-    outs = (Tensor.empty(R, k, dtype=t, device=logits.device) for t in (dtypes.int32, dtypes.float))
-    return LIKELIEST(*outs, logits, grid=(R,), threads=(32 * simds,), nbytes=4 * R * V, T='float',
-                     WIDTH=32, V=V, ROWS=R, SIMDS=simds, TOP=k)
+    return PENALTIES(out, logits, seen, counts, begins, settings, grid=(R,), threads=(256,), V=V,
+                     ROWS=R, nbytes=8 * R * V)

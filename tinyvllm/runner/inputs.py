@@ -12,7 +12,7 @@ import numpy as np
 from numpy.random import Philox
 from ..kernels.metal import Kernel
 from ..kernels.sampler import pack_sampling_params
-from ..core.scheduler import Batch
+from ..core.sequence import Batch
 from tinygrad import Device, Tensor, UOp, dtypes
 
 # %% auto #0
@@ -100,8 +100,8 @@ def known_tokens(
 ) -> tuple[list[int], list[int]]: # tokens of all sequences in a row; for each sequence a source
     "What the host knows of the tokens. A source is the row of `last` with the missing one, or -1."
     given, source = [], []
-    for seq, n in zip(batch.seqs, batch.num_new):
-        known = seq.token_ids[seq.num_computed:seq.num_computed + n]
+    for seq, n, start in zip(batch.seqs, batch.num_new, batch.starts):
+        known = seq.token_ids[start:start + n]
         missing = n - len(known)
         source.append(places[seq.id] if missing else -1)
         given += known + [0] * missing
@@ -153,7 +153,7 @@ class Wishes:
             place = len(seq.sampled) + seq.in_flight
             for later in range(batch.steps):
                 line, at = divmod(place + later, 64)
-                self.chances[row, later] = chances(seq.sample.seed, line)[at]
+                self.chances[row, later] = chances(seq.sampler.seed, line)[at]
         self.memory[n:], self.written[n:] = 0, [None] * (len(self.written) - n)
 
 # %% ../../nbs/07b_inputs.ipynb #f3c68c1c
@@ -174,9 +174,9 @@ class Page:
         x, n, (given, source) = self.parts, len(batch.seqs), known_tokens(batch, places)
         starts = [0, *accumulate(batch.num_new)]
         x['starts'][:n + 1], x['starts'][n + 1:] = starts, starts[-1]
-        x['first'][:n] = [seq.num_computed for seq in batch.seqs]
+        x['first'][:n] = batch.starts
         x['given'][:len(given)], x['source'][:n] = given, source
-        self.tables.fill(batch.tables)
+        self.tables.fill(batch.block_tables)
         self.wishes.fill(batch)
 
     def fill_pairs(self, lists: list, pairs: str, numbers: str, begins: str) -> None:

@@ -18,7 +18,8 @@ from ..kv_cache.paged import PagedBatch
 from ..kernels.sampler import apply_penalties, sample_tokens
 from ..kernels.top_tokens import find_top_tokens
 from ..sampling.sampler import Sampled
-from ..core.scheduler import Batch, Scheduler, Sequence
+from ..core.sequence import Batch, Sequence
+from .prompt_logprobs import expand_prompt_rows, merge_prompt_rows
 from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.device import TinyELF
 from tinygrad.engine.jit import GraphRunner
@@ -29,8 +30,7 @@ from tinygrad.nn.state import get_parameters
 # %% auto #0
 __all__ = ['ARGUMENTS', 'REPLAY', 'PUBLISH', 'TOP', 'PAGES', 'captured', 'call_table', 'CPUGraph', 'overlapping', 'await_metal',
            'Mail', 'alternatives', 'Pending', 'penalised', 'power_of_four', 'graph_shape', 'use_graph', 'Replay',
-           'Step', 'Graph', 'heard', 'history', 'steering', 'Graphs', 'Steering', 'Launcher', 'JitRunner',
-           'AsyncScheduler']
+           'Step', 'Graph', 'heard', 'history', 'steering', 'Graphs', 'Steering', 'Launcher', 'JitRunner']
 
 # %% ../../nbs/07_tinyjit.ipynb #f53c1c6d
 def captured(
@@ -220,12 +220,13 @@ def alternatives(
 class Pending:
     "The tokens of a decision on its way. Reading them waits for the device."
     def __init__(self, mail: Mail, batch: Batch, tickets: list[int], rows: int,
-                 errors: dict[int, Exception] = {}): # of sequences that have failed before
+                 errors: dict[int, Exception] = {}, # of rows that have failed before
+                 decision: Batch | None = None): # the scheduler's; None: `batch`
         self.mail, self.batch, self.tickets, self.rows = mail, batch, tickets, rows
-        self.errors = errors
-        self.speaks = [batch.speaks(i) for i in range(len(batch.seqs))]
+        self.errors, self.decision = errors, decision or batch
 
-    def __iter__(self): return iter(self.tokens)
+    def __iter__(self):
+        return iter(merge_prompt_rows(self.decision, self.tokens))
 
     def read(self, ticket: int) -> tuple[list[int], list[Sampled]]:
         "What all sequences said in one replay; an id below 0 is none."
@@ -242,7 +243,7 @@ class Pending:
     def tokens(self) -> list[list[Sampled] | Exception]:
         "For each sequence of the batch what it says, or why it cannot."
         ids, said = zip(*map(self.read, self.tickets))
-        out = [list(new) if yes else [] for new, yes in zip(zip(*said), self.speaks)]
+        out = [list(new) if yes else [] for new, yes in zip(zip(*said), self.batch.samples)]
         if min(map(min, ids)) >= 0 and not self.errors: return out
         broken = FloatingPointError('no token can be drawn: the model gave NaN or infinity, '
                                     'or nothing is allowed')
@@ -395,7 +396,7 @@ class Graphs:
     def graph(self, batch: Batch, seen: int, steering: tuple = ()) -> Graph:
         "The graph for the sizes of a batch; a size that is new is captured when it runs."
         tops = any(seq.params.logprobs for seq in batch.seqs)
-        width = power_of_four(max(map(len, batch.tables)), least=16)
+        width = power_of_four(max(map(len, batch.block_tables)), least=16)
         key = *graph_shape(batch.num_tokens, len(batch.seqs)), width, seen, tops, *steering
         if key not in self.graphs or self.graphs[key].step.steps < batch.steps:
             self.graphs[key] = Graph(Step(self, power_of_four(batch.steps, least=1), *key))
@@ -415,18 +416,18 @@ class Steering(Graphs):
     def order(self, seq: Sequence, rows: int) -> Order | Exception:
         "What holds for the next token, or why that cannot be said."
         try:
-            for use in seq.control.processors:
+            for use in seq.logits_processors.processors:
                 if wrong := self.proof(use, rows): return wrong
-            if seq.control.listens: said = heard(seq, self.before)
+            if seq.logits_processors.listens: said = heard(seq, self.before)
             else: said = seq.token_ids[seq.num_prompt:] + [-1] * seq.in_flight    # not known yet
-            return ordered(seq.control, said)
+            return ordered(seq.logits_processors, said)
         except Exception as error: return error
 
     def orders(self, batch: Batch) -> tuple[list[Order | None], dict[int, Exception]]:
         "For each sequence what holds, if anything; and those that have failed."
-        if all(seq.control is None for seq in batch.seqs): return [], {}
+        if all(seq.logits_processors is None for seq in batch.seqs): return [], {}
         rows = graph_shape(batch.num_tokens, len(batch.seqs))[1]
-        said = [self.order(seq, rows) if seq.control and batch.speaks(i) else None
+        said = [self.order(seq, rows) if seq.logits_processors and batch.samples[i] else None
                 for i, seq in enumerate(batch.seqs)]
         errors = {i: order for i, order in enumerate(said) if isinstance(order, Exception)}
         return [None if i in errors else order for i, order in enumerate(said)], errors
@@ -434,8 +435,9 @@ class Steering(Graphs):
 # %% ../../nbs/07_tinyjit.ipynb #12e24a9d
 class Launcher(Steering):
     "Gives the device its steps."
-    def launch(self, batch: Batch) -> Pending:
+    def launch(self, decision: Batch) -> Pending:
         "Fill a page, and replay its graph as often as the batch has steps."
+        batch = expand_prompt_rows(decision)
         lists = [history(seq, self.before) if penalised(seq) else [] for seq in batch.seqs]
         seen = power_of_four(sum(map(len, lists)), least=256) if any(lists) else 0
         orders, errors = self.orders(batch)
@@ -447,7 +449,7 @@ class Launcher(Steering):
         if seen: page.fill_pairs(lists, 'seen', 'counts', 'begins')
         if needs: fill_steering(page, orders)
         tickets = [graph(inputs.used, later) for later in range(batch.steps)]
-        pending = Pending(self.mail, batch, tickets, graph.step.rows, errors)
+        pending = Pending(self.mail, batch, tickets, graph.step.rows, errors, decision)
         self.places = {seq.id: i for i, seq in enumerate(batch.seqs)}
         return pending
 
@@ -467,35 +469,3 @@ class JitRunner(Launcher):
         if batch.copies: self.cache.copy(batch.copies)
         self.before = self.launch(batch)
         return self.before
-
-# %% ../../nbs/07_tinyjit.ipynb #4484d352
-class AsyncScheduler(Scheduler):
-    "Hears what a step has said when the next one is on its way."
-    def __init__(self,
-        *sizes, # as for `Scheduler`
-        num_scheduler_steps: int = 1, # replays for one decision, while all sequences only speak
-        **more, # as for `Scheduler`
-    ):
-        super().__init__(*sizes, **more)
-        self.num_scheduler_steps = num_scheduler_steps
-        self.late = Batch(self.blocks.block_size), []
-
-    def schedule(self) -> Batch:
-        "The next step, or the next few if nobody reads a prompt and the pool has room."
-        batch = super().schedule()
-        if self.num_scheduler_steps == 1 or not batch.seqs: return batch
-        speak = all(n == 1 and batch.speaks(i) and not (seq.control or penalised(seq))
-                    for i, (seq, n) in enumerate(zip(batch.seqs, batch.num_new)))
-        room = [seq.room for seq in batch.seqs]
-        steps = min([self.num_scheduler_steps, PAGES // 2, *room]) if speak else 1
-        missing = sum(self.blocks.tables[s.id].missing(steps - 1) for s in batch.seqs)
-        if steps > 1 and missing <= self.blocks.num_free:
-            for seq in batch.seqs: batch.copies += self.blocks.append(seq.id, steps - 1)
-            batch.steps = steps
-        return batch
-
-    def update(self, batch: Batch, tokens) -> list[Sequence]:
-        "The step is on its way; the one before it has spoken."
-        self.advance(batch)
-        late, self.late = self.late, (batch, tokens)
-        return self.settle(*late)
