@@ -11,38 +11,69 @@ from .simd import check_shapes
 from tinygrad import Tensor, dtypes
 
 # %% auto #0
-__all__ = ['FOLDED', 'VECTORS', 'MATMUL', 'C_TYPES', 'KV_WRITE', 'EXPONENTIAL', 'DOTS', 'PRODUCT', 'WEIGH', 'DESK', 'WAYS',
-           'ATTEND', 'refuse', 'matmul', 'matvec', 'kv_write', 'attend', 'cpu_attend']
+__all__ = ['VECTORS', 'MATMUL', 'C_TYPES', 'KV_WRITE', 'EXPONENTIAL', 'DOTS', 'PRODUCT', 'WEIGH', 'DESK', 'WAYS', 'ATTEND',
+           'refuse', 'matmul', 'matvec', 'kv_write', 'attend', 'cpu_attend']
 
 # %% ../../nbs/06b_cpu.ipynb #d031066b
-FOLDED = '''
-inlined float8 folded(vec v) {     // eight lanes, whatever there are
-#if LANES == 16
-  return v.lo + v.hi;
-#else
-  return v;
-#endif
-}
-'''
 VECTORS = '''
 #define JOIN_(A, B) A##B
 #define JOIN(A, B) JOIN_(A, B)
-#if defined(__AVX512F__) && WIDTH % 32 == 0
+#ifndef LANES              // floats in a vector: what a register holds, or what a launch has fixed
+#if defined(__AVX512F__)
 #define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#endif
+#if LANES == 16 && WIDTH % 32 != 0      // rows that sixteen lanes do not divide
+#undef LANES
+#define LANES 8
+#endif
+#if LANES == 16 && defined(__AVX512F__)
 #define WIDE __attribute__((min_vector_width(512)))
 #else
-#define LANES 8
 #define WIDE
 #endif
-typedef JOIN(float, LANES) vec;
-typedef JOIN(int, LANES) ivec;
-typedef JOIN(T, LANES) stored;     // what memory holds: floats or halves
+#define LANED(T) JOIN(T, LANES)
+#define MIX(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#define OVERLOADED inlined __attribute__((overloadable))
+typedef LANED(float) vec;
+typedef LANED(int) ivec;
 
-inlined vec load(const T* p) { return __builtin_convertvector(*(const stored*)p, vec); }
-''' + FOLDED + '''
-inlined float total(vec v) {
-  float8 a = folded(v);
+OVERLOADED vec load(const float* p) { return *(const vec*)p; }
+OVERLOADED vec load(const half* p) {
+  return __builtin_convertvector(*(const LANED(half)*)p, vec);
+}
+inlined void store(float* p, vec v) { *(vec*)p = v; }
+inlined float4 totals(const vec* v) {      // the sums of four vectors' lanes
+#if LANES == 4
+  float4 a = MIX(v[0], v[1], 0, 4, 2, 6) + MIX(v[0], v[1], 1, 5, 3, 7);
+  float4 b = MIX(v[2], v[3], 0, 4, 2, 6) + MIX(v[2], v[3], 1, 5, 3, 7);
+  return MIX(a, b, 0, 1, 4, 5) + MIX(a, b, 2, 3, 6, 7);
+#else
+#if LANES == 16
+  float8 a = v[0].lo + v[0].hi, b = v[1].lo + v[1].hi;
+  float8 c = v[2].lo + v[2].hi, d = v[3].lo + v[3].hi;
+#else
+  float8 a = v[0], b = v[1], c = v[2], d = v[3];
+#endif
+  a = MIX(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + MIX(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  c = MIX(c, d, 0, 1, 8, 9, 4, 5, 12, 13) + MIX(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
+  a = MIX(a, c, 0, 2, 8, 10, 4, 6, 12, 14) + MIX(a, c, 1, 3, 9, 11, 5, 7, 13, 15);
+  return a.lo + a.hi;
+#endif
+}
+inlined float total(vec v) {               // the sum of one vector's lanes
+#if LANES == 4
+  float4 b = v;
+#elif LANES == 8
+  float4 b = v.lo + v.hi;
+#else
+  float8 a = v.lo + v.hi;
   float4 b = a.lo + a.hi;
+#endif
   return (b.x + b.z) + (b.y + b.w);
 }
 '''
@@ -167,14 +198,6 @@ DOTS = '''
 #define NEAR (LANES == 8 && PARTS == 4 ? 2 : PARTS)     // AVX2 has 16 registers
 #define FETCH(ROW, I) \\
   { if (PREFETCH && (I) * sizeof(T) % 64 == 0) __builtin_prefetch((ROW) + (I), 0, 2); }
-#define MIX(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
-inlined float4 totals(vec* v) {    // of four vectors
-  float8 a = folded(v[0]), b = folded(v[1]), c = folded(v[2]), d = folded(v[3]);
-  a = MIX(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + MIX(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  c = MIX(c, d, 0, 1, 8, 9, 4, 5, 12, 13) + MIX(c, d, 2, 3, 10, 11, 6, 7, 14, 15);
-  a = MIX(a, c, 0, 2, 8, 10, 4, 6, 12, 14) + MIX(a, c, 1, 3, 9, 11, 5, 7, 13, 15);
-  return a.lo + a.hi;
-}
 // s[g][j] = q[g] . key j, for all queries of a group; key j is at k + at[j]
 inlined void dots(float* restrict s, const float* restrict q, const T* k, const long* at, int n,
                   const T* pool, const long* ahead) {
@@ -241,7 +264,7 @@ inlined void weigh(float* s, float* o, float* top, vec* sum, int valid, int n) {
 DESK = '''
 #define ROWS (((TILE * GROUP > H ? TILE * GROUP : H) + 3) / 4 * 4)
 #define KV (H / GROUP)
-#define COLUMNS (LANES == 16 && D % 64 == 0 ? 4 : 2)
+#define COLUMNS (LANES == 4 || (LANES == 16 && D % 64 == 0) ? 4 : 2)
 typedef struct {
   float q[ROWS][D], o[ROWS][D], s[ROWS][KEYS], top[ROWS];
   vec sum[ROWS];

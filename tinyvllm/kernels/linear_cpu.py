@@ -6,39 +6,25 @@
 from __future__ import annotations
 import re
 from functools import cache
-from .cpu import C_TYPES, EXPONENTIAL, FOLDED
+from .cpu import C_TYPES, EXPONENTIAL, VECTORS
 from .metal import Kernel
 from tinygrad import Tensor, dtypes
 
 # %% auto #0
-__all__ = ['VECTORS', 'DENSE', 'SCALES', 'BITS8', 'BITS4', 'SCALED4', 'SHIFTED4', 'MIN4', 'ZERO4', 'SUPER4', 'SUPER6', 'EXPAND',
-           'EMBED', 'FORMATS', 'PART_TYPES', 'TOTALS', 'PRODUCT', 'BESIDE', 'PANELS', 'LINEAR', 'composed', 'launch',
-           'cpu_embed', 'product_sizes', 'cpu_linear', 'cpu_swiglu']
+__all__ = ['TILE', 'DENSE', 'SCALES', 'BITS8', 'BITS4', 'SCALED4', 'SHIFTED4', 'MIN4', 'ZERO4', 'SUPER4', 'SUPER6', 'EXPAND',
+           'EMBED', 'FORMATS', 'PART_TYPES', 'PRODUCT', 'BESIDE', 'PANELS', 'LINEAR', 'composed', 'launch', 'cpu_embed',
+           'product_sizes', 'cpu_linear', 'cpu_swiglu']
 
 # %% ../../nbs/07h_linear_cpu.ipynb #d295248b
-VECTORS = '''
-#if defined(__AVX512F__)
-#define LANES 16
-#define COLUMNS 6            // 24 sums in 32 registers
-#define LANED(T) T##16
-#define WIDE __attribute__((min_vector_width(512)))
-#else
-#define LANES 8
-#define COLUMNS 3            // 12 sums in 16 registers
-#define LANED(T) T##8
-#define WIDE
-#endif
-#define ROWS 4               // of the matrix, with COLUMNS tokens, are a tile
+TILE = '''
+#define ROWS 4                                // of the matrix, with COLUMNS tokens, are a tile
+#define COLUMNS (LANES == 8 ? 3 : 6)          // 12 sums in AVX2's 16 registers, else 24 in 32
 typedef unsigned char uchar;
 typedef signed char tiny;
 typedef unsigned short ushort, bfloat;
 VECTORS(uchar) VECTORS(tiny) VECTORS(ushort)
-typedef LANED(float) vec;
-typedef LANED(int) ivec;
 #define AS_FLOATS(T, P) __builtin_convertvector(*(const LANED(T)*)(P), vec)
 #define UNROLLED _Pragma("clang loop unroll(full)")
-inlined vec load(const float* p) { return *(const vec*)p; }
-inlined void store(float* p, vec v) { *(vec*)p = v; }
 inlined int least(int a, int b) { return a < b ? a : b; }
 '''
 
@@ -96,7 +82,7 @@ enum { TAKEN = 16 };
 typedef struct { const uchar* w; float scale[2 * GROUPS]; } Row;
 inlined void nibbles(vec* w, const uchar* p, int zero, float a, float b) {
   // a * (code - zero) + b: of the lower halves of 16 bytes, then of the upper ones
-#if LANES == 16              // a table of the sixteen values; only four bits of an index count
+#if LANES == 16 && defined(__AVX512F__)     // a table; only four bits of an index count
   vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vec table = (numbers - zero) * a + b;
   uint16 index = __builtin_convertvector(*(const uchar16*)p, uint16);
@@ -104,10 +90,10 @@ inlined void nibbles(vec* w, const uchar* p, int zero, float a, float b) {
   w[1] = __builtin_ia32_permvarsf512(table, (int16)(index >> 4));
 #else
   float shift = zero ? b - zero * a : b;
-  UNROLLED for (int i = 0; i < 2; i++) {
-    int8 index = __builtin_convertvector(*(const uchar8*)(p + 8 * i), int8);
+  UNROLLED for (int i = 0; i < 16 / LANES; i++) {
+    ivec index = __builtin_convertvector(*(const LANED(uchar)*)(p + i * LANES), ivec);
     w[i] = __builtin_convertvector(index & 15, vec) * a + shift;
-    w[i + 2] = __builtin_convertvector(index >> 4, vec) * a + shift;
+    w[i + 16 / LANES] = __builtin_convertvector(index >> 4, vec) * a + shift;
   }
 #endif
 }
@@ -238,8 +224,8 @@ def composed(
                  ASK=' '.join(asked))
     main = EMBED if kernel == 'embed' else LINEAR
     for word, meaning in words.items(): main = re.sub(rf'\b{word}\b', meaning, main)
-    middle = '' if kernel == 'embed' else TOTALS + EXPONENTIAL + PRODUCT + BESIDE + PANELS
-    return Kernel(c=VECTORS + text + EXPAND + middle + main)
+    middle = '' if kernel == 'embed' else EXPONENTIAL + PRODUCT + BESIDE + PANELS
+    return Kernel(c=VECTORS + TILE + text + EXPAND + middle + main)
 
 # %% ../../nbs/07h_linear_cpu.ipynb #f8a7eb21
 PART_TYPES = C_TYPES | {dtypes.bfloat16: 'bfloat', dtypes.int8: 'char', dtypes.uint8: 'uchar'}
@@ -280,19 +266,6 @@ def cpu_embed(
     return launch('embed', w, y, (), dict(tokens=tokens), N=N,
                   nbytes=read + y.nbytes() + tokens.nbytes())
 
-# %% ../../nbs/07h_linear_cpu.ipynb #355e24e0
-TOTALS = FOLDED + '''
-#define MIX __builtin_shufflevector
-inlined float8 halved(float8 a, float8 b) {       // four parts of a, then four of b
-  return MIX(a, b, 0,1,2,3, 12,13,14,15) + MIX(a, b, 4,5,6,7, 8,9,10,11);
-}
-inlined void totals(float* out, const vec* v) {   // out[r] = the sum of v[r]'s lanes
-  float8 a = halved(folded(v[0]), folded(v[2])), b = halved(folded(v[1]), folded(v[3]));
-  float8 s = MIX(a, b, 0,1, 10,11, 4,5, 14,15) + MIX(a, b, 2,3, 8,9, 6,7, 12,13);
-  *(float4*)out = MIX(s, s, 0,2,4,6) + MIX(s, s, 1,3,5,7);
-}
-'''
-
 # %% ../../nbs/07h_linear_cpu.ipynb #5f189d89
 PRODUCT = '''
 #define STEP (UNPACK ? LANES : UNIT)
@@ -319,7 +292,7 @@ inlined void product(const int C, float* out, const Row* row, const float* panel
         UNROLLED for (int c = 0; c < C; c++) sum[c][r] += w[i] * a[c][i];
     }
   }
-  UNROLLED for (int c = 0; c < C; c++) totals(out + c * PANEL, sum[c]);
+  UNROLLED for (int c = 0; c < C; c++) *(float4*)(out + c * PANEL) = totals(sum[c]);
   for (int k = K / STEP * STEP; k < K; k++)
     for (int i = 0; i < C * ROWS; i++)
       out[i / ROWS * PANEL + i % ROWS] += x[i / ROWS * K + k]
