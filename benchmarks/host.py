@@ -31,6 +31,7 @@ from tinyvllm.engine import llm as engine
 from tinyvllm.engine.defaults import make_engine
 from tinyvllm.runner import jit as runner
 from tinyvllm.core import scheduler
+from tinyvllm.core.sequence import Batch, Sequence
 from tinyvllm.models.fused import fused
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import commit, machine_name
@@ -74,7 +75,7 @@ class Clock:
 def clocked():
     "The parts of a step, in this version and in the one before it."
     clock = Clock()
-    clock.wrap(runner.AsyncScheduler, 'schedule', 'schedule')
+    clock.wrap(scheduler.Scheduler, 'schedule', 'schedule')
     for name in 'fill_places', 'fill_tokens', 'fill_wishes':
         clock.wrap(runner, name, 'fill')
     if hasattr(tinyvllm, 'host') and hasattr(tinyvllm.runner.inputs, 'Page'):
@@ -84,7 +85,7 @@ def clocked():
     clock.wrap(runner.Mail, 'read', 'read')
     clock.wrap(runner.Pending, 'read', 'read')
     clock.wrap(runner.Pending, '__iter__', 'read')
-    clock.wrap(runner.AsyncScheduler, 'update', 'settle')
+    clock.wrap(scheduler.Scheduler, 'update_from_output', 'settle')
     clock.wrap(engine.OutputProcessor, 'report', 'report')
     try:
         yield clock
@@ -209,16 +210,10 @@ class Reused:
         return it
 
 
-def renew_batch(batch, block_size) -> None:
-    for name in 'seqs', 'num_new', 'tables', 'copies':
-        getattr(batch, name).clear()
-    batch.block_size, batch.num_tokens, batch.steps = block_size, 0, 1
-
-
-def renew_pending(pending, mail, batch, tickets, rows) -> None:
+def renew_pending(pending, mail, batch, tickets, rows, errors, decision) -> None:
     pending.__dict__.pop('tokens', None)
     pending.mail, pending.batch, pending.tickets, pending.rows = mail, batch, tickets, rows
-    pending.speaks[:] = [batch.speaks(i) for i in range(len(batch.seqs))]
+    pending.errors, pending.decision = errors, decision
 
 
 def blank(cls, n):
@@ -226,19 +221,11 @@ def blank(cls, n):
     return [cls.__new__(cls) for _ in range(n)]
 
 
-def batch_pool():
-    return Reused(renew_batch, *(scheduler.Batch(16) for _ in range(4)))
-
-
 def pending_pool():
-    pendings = blank(runner.Pending, 4)
-    for pending in pendings:
-        pending.speaks = []
-    return Reused(renew_pending, *pendings)
+    return Reused(renew_pending, *blank(runner.Pending, 4))
 
 
 WAYS = {'as it is': nullcontext, 'the same again': nullcontext, 'no collection': no_collection, 'frozen heap': frozen,
-        'batches used again': lambda: replaced(scheduler, 'Batch', batch_pool()),
         'pendings used again': lambda: replaced(runner, 'Pending', pending_pool())}
 
 
@@ -261,15 +248,14 @@ def trials(args) -> list[dict]:
 
 def makings(n: int = 32) -> list[dict]:
     "Microseconds to make what a step of `n` sequences makes, to renew it, and of what nobody can leave out."
-    batch = scheduler.Batch(16)
-    for i in range(n):
-        batch.add(scheduler.Sequence(i, [1], SamplingParams(temperature=0)), 1, [1], [])
+    entries = [(Sequence(i, [1], SamplingParams(temperature=0)), 1, [1]) for i in range(n)]
+    batch = Batch.of(entries, 16)
     ids, logprobs, none = list(range(n)), [0.0] * n, [None] * n
-    old_batch, old_pending, answers, call_c = batch_pool(), pending_pool(), [[] for _ in ids], ctypes.CDLL(None).labs
+    old_pending, answers, call_c = pending_pool(), [[] for _ in ids], ctypes.CDLL(None).labs
     calls = {
-        'a batch, made': lambda: scheduler.Batch(16), 'a batch, renewed': lambda: old_batch(16),
+        'a batch, made': lambda: Batch.of(entries, 16),
         'a pending, made': lambda: runner.Pending(None, batch, [], n),
-        'a pending, renewed': lambda: old_pending(None, batch, [], n),
+        'a pending, renewed': lambda: old_pending(None, batch, [], n, {}, batch),
         f'{n} tokens, made': lambda: list(map(Sampled, ids, logprobs, none)),
         f'{n} ids, appended': lambda: [answer.append(7) for answer in answers],
         'a call into C': lambda: call_c(ctypes.c_uint64(7))}

@@ -24,7 +24,8 @@ from tinyvllm.engine.defaults import best_model
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import machine_name
 from tinyvllm.server.metrics import SECONDS, MeteredCore, Metrics, StepStats, metered
-from tinyvllm.core.scheduler import Batch, Sequence, WaitingQueue
+from tinyvllm.core.scheduler import WaitingQueue
+from tinyvllm.core.sequence import Batch, Sequence
 from tinyvllm.models.weights import resolve, tiny_checkpoint
 
 OUT, SEQS = RESULTS / 'metrics.jsonl', (1, 8, 32)
@@ -109,18 +110,16 @@ class Nothing:
     waited, waiting = 0.0, WaitingQueue()
 
     def __init__(self, seqs: int):
-        self.batch = Batch(16)
-        for i in range(seqs):
-            self.batch.add(Sequence(i, [1]), 1, [1], [])
+        self.batch = Batch.of([(Sequence(i, [1]), 1, [1]) for i in range(seqs)], 16)
         self.output, self.metrics, self.stamps = self, self, [0.0, 1.0, 2.0, 3.0]
 
     def schedule(self):
         return self.batch
 
-    def update(self, *_):
+    def update_from_output(self, *_):
         return []
 
-    __call__ = update
+    __call__ = update_from_output
 
 
 def loop(seqs: int) -> dict:

@@ -3,7 +3,7 @@
     python benchmarks/scheduler.py            # prints rows and adds them to benchmarks/results/scheduler.jsonl
 
 Steady decode: every running sequence says one token per step, none ends, and each takes a new block every
-16 tokens. A step is `schedule` and `update`; the tokens come from nowhere and take no time, so no device
+16 tokens. A step is `schedule` and `update_from_output`; the tokens come from nowhere and take no time, so no device
 is involved. A row is the median over the steps, with the slowest one in a hundred beside it. The case with
 1,000 waiting shows what a long queue costs: nothing, since only its head is looked at.
 """
@@ -16,7 +16,8 @@ from tinyvllm.core.blocks import BlockManager
 from tinyvllm.measure import machine_name
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampled
-from tinyvllm.core.scheduler import Scheduler, Sequence
+from tinyvllm.core.scheduler import Scheduler
+from tinyvllm.core.sequence import Sequence
 
 OUT = RESULTS / 'scheduler.jsonl'
 CASES = [(1, 0), (16, 0), (64, 0), (256, 0), (256, 1000)]    # running, waiting
@@ -34,7 +35,7 @@ def steady(running, waiting):
 
 
 def measure(running, waiting):
-    "Seconds of `schedule` and of `update`, step by step."
+    "Seconds of `schedule` and of `update_from_output`, step by step."
     scheduler, token, times = steady(running, waiting), [Sampled(7, 0.0, None)], []
     for _ in range(WARMUP + STEPS):
         start = time.perf_counter()
@@ -42,7 +43,7 @@ def measure(running, waiting):
         middle = time.perf_counter()
         tokens = [token] * len(batch.seqs)
         resume = time.perf_counter()
-        scheduler.update(batch, tokens)
+        scheduler.update_from_output(batch, tokens)
         times.append((middle - start, time.perf_counter() - resume))
     assert batch.num_tokens == running and not scheduler.preemptions
     assert len(scheduler.sequences) == running + waiting

@@ -33,7 +33,7 @@ def runner(batch):
         if seq.token_ids[seq.num_prompt - 1] == 13: return FloatingPointError('the model\nis ill')
         token = sum((i + 1) * t for i, t in enumerate(seq.token_ids)) % 97
         return [Sampled(token, -1.0, None if seq.params.logprobs is None else {token: -1.0})]
-    return [speak(seq) if batch.speaks(i) else [] for i, seq in enumerate(batch.seqs)]
+    return [speak(seq) if batch.samples[i] else [] for i, seq in enumerate(batch.seqs)]
 
 
 @pytest.fixture(scope='module')

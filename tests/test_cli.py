@@ -10,7 +10,7 @@ from tinyvllm import LLM, SamplingParams
 from tinyvllm.cli.bench import Workload, measure_rung
 from tinyvllm.cli.main import main, reply
 from tinyvllm.models.llama import Llama, model_config
-from tinyvllm.core.scheduler import Sequence
+from tinyvllm.core.sequence import Sequence
 from tinyvllm.models.tokenizer import load_tokenizer
 from tinyvllm.models.weights import resolve, save_safetensors, tiny_checkpoint
 

@@ -234,8 +234,8 @@ def test_logits_that_are_nan_end_one_request(model):
         def __call__(self, batch):
             for seq in batch.seqs:
                 if seq.token_ids[0] == 9 and not hasattr(seq, 'plain'):
-                    seq.plain = seq.sample
-                    seq.sample = lambda logits, seq=seq: seq.plain(logits * np.nan)
+                    seq.plain = seq.sampler
+                    seq.sampler = lambda logits, seq=seq: seq.plain(logits * np.nan)
             return super().__call__(batch)
     cache = PagedKVCache(model, 16)
     llm = LLM(model, cache=cache, runner=Poisoned(model, cache, paged_attend))

@@ -19,7 +19,6 @@ from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import model_config
 from tinyvllm.server.metrics import (COUNTERS, GAUGES, HISTOGRAMS, LABELS, PARTS, PREFIX, SECONDS, Histogram, Metrics, fragmentation,
                               metered, per_second, scale)
-from tinyvllm.runner.jit import AsyncScheduler
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.core.scheduler import Scheduler
@@ -33,11 +32,11 @@ def runner(batch):
     def speak(seq):
         if seq.token_ids[0] == 13 and seq.sampled: return FloatingPointError('ill')
         return [Sampled((7 * seq.num_computed + i) % 31, -1.0, None) for i in range(batch.steps)]
-    return [speak(seq) if batch.speaks(i) else [] for i, seq in enumerate(batch.seqs)]
+    return [speak(seq) if batch.samples[i] else [] for i, seq in enumerate(batch.seqs)]
 
 
-def make(blocks=40, seqs=8, budget=16, kind=Scheduler, run=runner, **more):
-    scheduler = kind(BlockManager(blocks, 4), seqs, budget, **more)
+def make(blocks=40, seqs=8, budget=16, run=runner, **more):
+    scheduler = Scheduler(BlockManager(blocks, 4), seqs, budget, **more)
     return LLMEngine(EngineCore(scheduler, run), CONFIG)
 
 
@@ -66,11 +65,11 @@ def random_run(engine, plan, rng):
     return outputs
 
 
-@pytest.mark.parametrize('kind, more', [(Scheduler, {}), (AsyncScheduler, {}), (AsyncScheduler, dict(num_scheduler_steps=3))])
+@pytest.mark.parametrize('more', [{}, dict(output_delay=1), dict(output_delay=1, num_scheduler_steps=3)])
 @settings(max_examples=40, deadline=None)
 @given(plan=PLANS, blocks=st.integers(14, 40), seed=st.integers(0, 999))
-def test_counters_are_the_sums(kind, more, plan, blocks, seed):
-    engine, batches = make(blocks, kind=kind, **more), []
+def test_counters_are_the_sums(more, plan, blocks, seed):
+    engine, batches = make(blocks, **more), []
     metered(engine, metrics := Metrics())
     schedule = engine.scheduler.schedule
 
@@ -102,12 +101,12 @@ def test_counters_are_the_sums(kind, more, plan, blocks, seed):
     assert all(value >= 0 for value in count.values())
 
 
-@pytest.mark.parametrize('kind, more', [(Scheduler, {}), (AsyncScheduler, dict(num_scheduler_steps=3))])
+@pytest.mark.parametrize('more', [{}, dict(output_delay=1, num_scheduler_steps=3)])
 @settings(max_examples=25, deadline=None)
 @given(plan=PLANS, seed=st.integers(0, 99))
-def test_times_add_up(kind, more, plan, seed):
+def test_times_add_up(more, plan, seed):
     "Queue and prefill make the first token; first token and decoding make all of the answer."
-    engine, last, gaps = make(kind=kind, **more), {}, []
+    engine, last, gaps = make(**more), {}, []
 
     class Noting(Metrics):
         def spoke(self, request, index, tokens):
@@ -144,7 +143,7 @@ def test_the_parts_of_a_step(monkeypatch):
         now.waited += waiting
     engine = make()
     plan = engine.scheduler
-    schedule, update = plan.schedule, plan.update
+    schedule, update = plan.schedule, plan.update_from_output
 
     class Slow:
         waited = property(lambda self: now.waited)
@@ -154,7 +153,7 @@ def test_the_parts_of_a_step(monkeypatch):
             return runner(batch)
     engine.core.runner = Slow()
     plan.schedule = lambda: (work(1), schedule())[1]
-    plan.update = lambda *a: (work(3, waiting=20), update(*a))[1]
+    plan.update_from_output = lambda *a: (work(3, waiting=20), update(*a))[1]
     monkeypatch.setattr(module.time, 'perf_counter', lambda: now.s)
     metered(engine, metrics := Metrics())
     engine.add_request('a', [1] * 20, SamplingParams(max_tokens=3, ignore_eos=True))

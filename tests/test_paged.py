@@ -17,7 +17,8 @@ from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend, stor
 from tinyvllm.engine.args import EngineArgs, activation_bytes, free_memory, pool_blocks
 from tinyvllm.runner.eager import EagerRunner
 from tinyvllm.sampling.params import SamplingParams
-from tinyvllm.core.scheduler import Batch, Scheduler, Sequence
+from tinyvllm.core.scheduler import Scheduler
+from tinyvllm.core.sequence import Batch, Sequence
 from tinyvllm.models.weights import tiny_checkpoint
 
 
@@ -51,13 +52,13 @@ def mixed(draw):
     seed = draw(st.integers(0, 2**32 - 1))
     rng, size = np.random.default_rng(seed), draw(st.sampled_from([4, 16]))
     heads, kv_heads = draw(st.sampled_from([(4, 2), (3, 1), (8, 8)]))
-    batch, free = Batch(size), list(rng.permutation(np.arange(1, 33)))
+    entries, free = [], list(rng.permutation(np.arange(1, 33)))
     for i in range(draw(st.integers(1, 4))):
         new, past = int(rng.integers(1, 5)), int(rng.integers(0, 3 * size - 4))
         seq = Sequence(i, rng.integers(0, 512, past + new).tolist())
         seq.num_computed = past
-        batch.add(seq, new, [int(free.pop()) for _ in range(-(-(past + new) // size))], [])
-    return batch, heads, kv_heads, rng
+        entries.append((seq, new, [int(free.pop()) for _ in range(-(-(past + new) // size))]))
+    return Batch.of(entries, size), heads, kv_heads, rng
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,7 +68,7 @@ def test_batches_are_laid_out_as_a_loop_would(case):
     inputs, t, size = PagedBatch.of(batch), 0, batch.block_size
     tokens, positions, slots, owners, rows = (getattr(inputs, n).tolist() for n in
                                               ('tokens', 'positions', 'slots', 'owners', 'rows'))
-    for s, (seq, n, table) in enumerate(zip(batch.seqs, batch.num_new, batch.tables)):
+    for s, (seq, n, table) in enumerate(zip(batch.seqs, batch.num_new, batch.block_tables)):
         assert inputs.tables[s].tolist() == table + [0] * (inputs.tables.shape[1] - len(table))
         for p in range(seq.num_computed, seq.num_computed + n):
             assert (tokens[t], positions[t], owners[t]) == (seq.token_ids[p], p, s)
@@ -86,7 +87,7 @@ def test_attention_through_tables_is_attention(case):
     k, v = (rng.standard_normal((33, size, kv_heads, 8)).astype(np.float32) for _ in 'kv')
     out = paged_attend(tensor(q), tensor(k), tensor(v), inputs).numpy()
     t = 0
-    for seq, n, table in zip(batch.seqs, batch.num_new, batch.tables):
+    for seq, n, table in zip(batch.seqs, batch.num_new, batch.block_tables):
         keys, values = (x[table].reshape(-1, kv_heads, 8).astype(np.float64) for x in (k, v))
         for p in range(seq.num_computed, seq.num_computed + n):
             for h in range(heads):
@@ -120,7 +121,7 @@ def decode_step(model, pool, n, context=20):
         batch = scheduler.schedule()
         with counting() as counts:
             tokens = runner(batch)
-        scheduler.update(batch, tokens)
+        scheduler.update_from_output(batch, tokens)
     return counts
 
 
@@ -161,6 +162,7 @@ from tinyvllm.kv_cache.paged import *
 from tinyvllm.engine.args import *
 from tinyvllm.runner.eager import *
 from tinyvllm.core.scheduler import *
+from tinyvllm.core.sequence import *
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.measure import peak_memory
 from tinyvllm.sampling.params import SamplingParams
@@ -175,7 +177,7 @@ scheduler.add(Sequence(1, [1] * 1, SamplingParams(max_tokens=9)))
 before = peak_memory()
 for _ in range(2):
     batch = scheduler.schedule()
-    scheduler.update(batch, runner(batch))
+    scheduler.update_from_output(batch, runner(batch))
 print(peak_memory() - before, activation_bytes(model.config, args))
 '''
 

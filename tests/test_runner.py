@@ -24,10 +24,11 @@ from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import counting
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.runner.eager import EagerRunner
-from tinyvllm.runner.jit import ARGUMENTS, AsyncScheduler, CPUGraph, JitRunner, Mail, graph_shape, power_of_four
+from tinyvllm.runner.jit import ARGUMENTS, CPUGraph, JitRunner, Mail, graph_shape, power_of_four
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampled
-from tinyvllm.core.scheduler import Scheduler, Sequence, Status
+from tinyvllm.core.scheduler import Scheduler
+from tinyvllm.core.sequence import Sequence, SequenceStatus
 from tinyvllm.models.weights import tiny_checkpoint
 
 cpu_only = pytest.mark.skipif(Device.DEFAULT != 'CPU', reason='the graph of the CPU')
@@ -85,7 +86,7 @@ def test_mixed_requests_say_what_the_eager_engine_says(plain, model, sizes):
     prompts, params = mixed(8, plain.config.vocab_size)
     want, slow = answers(eager(plain), prompts, params)
     engine = make_engine(model, **(dict(num_blocks=200, max_num_seqs=4, max_num_batched_tokens=32) | sizes))
-    assert isinstance(engine.runner, JitRunner) and isinstance(engine.scheduler, AsyncScheduler)
+    assert isinstance(engine.runner, JitRunner) and engine.scheduler.output_delay == 1
     got, fast = answers(engine, prompts, params)
     assert got == want
     assert sizes.get('num_blocks') != 9 or engine.scheduler.preemptions
@@ -148,9 +149,9 @@ class Late:
         for i, (seq, n) in enumerate(zip(batch.seqs, batch.num_new)):
             known = self.ids.setdefault(seq.id, list(seq.token_ids))
             assert known[:len(seq.token_ids)] == seq.token_ids and seq.num_computed + n <= len(known)
-            assert len(batch.tables[i]) * batch.block_size >= seq.num_computed + n + batch.steps - 1
+            assert len(batch.block_tables[i]) * batch.block_size >= seq.num_computed + n + batch.steps - 1
             said = []
-            for _ in range(batch.steps if batch.speaks(i) else 0):
+            for _ in range(batch.steps if batch.samples[i] else 0):
                 said.append(Sampled(next_token(known), 0.0, None))
                 known.append(int(said[-1]))
             out.append(said)
@@ -162,7 +163,7 @@ class Late:
        budget=st.integers(1, 20), seqs=st.integers(1, 6))
 def test_late_tokens_change_no_answer(seed, steps, blocks, budget, seqs):
     rng, device = random.Random(seed), Late()
-    scheduler = AsyncScheduler(BlockManager(blocks, 4), seqs, budget, num_scheduler_steps=steps)
+    scheduler = Scheduler(BlockManager(blocks, 4), seqs, budget, steps, output_delay=1)
     requests = [Sequence(i, prompt(rng.randint(1, 9), i), SamplingParams(
         max_tokens=rng.randint(1, 12), ignore_eos=rng.random() < 0.5, stop_token_ids=(7,) * rng.randint(0, 1)),
         (EOS,)) for i in range(rng.randint(1, 8))]
@@ -174,8 +175,8 @@ def test_late_tokens_change_no_answer(seed, steps, blocks, budget, seqs):
         if scheduler.sequences and rng.random() < 0.02:
             aborted.add(victim := rng.choice(list(scheduler.sequences)))
             scheduler.abort(victim)
-        reported += [s for s in scheduler.update(batch, device(batch)) if s.status is Status.FINISHED]
-        if not waiting and not scheduler.sequences and not scheduler.ended and not scheduler.late[0].seqs:
+        reported += [s for s in scheduler.update_from_output(batch, device(batch)) if s.status is SequenceStatus.FINISHED]
+        if not waiting and not scheduler.sequences and not scheduler.finished and not any(b.seqs for b, _ in scheduler.outputs):
             break
     assert sorted(s.id for s in reported) == sorted(s.id for s in requests)    # each once
     assert scheduler.blocks.num_free == blocks - 1

@@ -21,11 +21,13 @@ from hypothesis.stateful import (RuleBasedStateMachine, initialize, invariant, p
 
 import tinyvllm.core.blocks
 import tinyvllm.core.scheduler
+import tinyvllm.core.sequence
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.errors import BadInput
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampled
-from tinyvllm.core.scheduler import Batch, Scheduler, Sequence, Status
+from tinyvllm.core.scheduler import Scheduler
+from tinyvllm.core.sequence import Batch, Sequence, SequenceStatus
 
 VOCAB, EOS = 40, 0
 
@@ -66,7 +68,7 @@ def bound(scheduler, seq):
     """Steps after which a request has ended, if nobody arrives any more who ranks before it: one for
     each token of those that rank up to it, and of those that run although one of these waits."""
     before = [s for s in scheduler.sequences.values() if s.rank <= seq.rank]
-    first_waiting = min((s.rank for s in before if s.status is Status.WAITING), default=(9,))
+    first_waiting = min((s.rank for s in before if s.status is SequenceStatus.WAITING), default=(9,))
     overtaken = [s for s in scheduler.running if s.rank > first_waiting]
     return sum(map(most_work, before)) + sum(map(most_work, overtaken))
 
@@ -79,12 +81,15 @@ class Shadow:
     def __call__(self, batch):
         self.copy(batch.copies)
         self.write(batch)
-        for seq, n, table in zip(batch.seqs, batch.num_new, batch.tables):
+        for seq, n, table in zip(batch.seqs, batch.num_new, batch.block_tables):
             self.read(seq, seq.num_computed + n, table)
-        return [[Sampled(self.said(s), 0.0, None)] if batch.speaks(i) else [] for i, s in enumerate(batch.seqs)]
+        return [[Sampled(token, 0.0, None) for token in self.tokens(batch, i)] for i in range(len(batch.seqs))]
 
-    def said(self, row):
-        return next_token(row.token_ids) if row is row.owner else row.edits([])[0][0]
+    def tokens(self, batch, i):
+        "The sampled token of an entry; where the prompt is scored, the tokens after its new ones."
+        seq, n, start = batch.seqs[i], batch.num_new[i], batch.starts[i]
+        if batch.scores_prompt[i]: return seq.token_ids[start + 1:start + 1 + n]
+        return [next_token(seq.token_ids)] if batch.samples[i] else []
 
     def slot(self, table, position):    # as `PagedBatch.of` has it
         return table[position // self.block_size] * self.block_size + position % self.block_size
@@ -96,7 +101,7 @@ class Shadow:
 
     def write(self, batch):
         written = set()
-        for seq, n, table in zip(batch.seqs, batch.num_new, batch.tables):
+        for seq, n, table in zip(batch.seqs, batch.num_new, batch.block_tables):
             past = pasts(seq.token_ids)
             for position in range(seq.num_computed, seq.num_computed + n):
                 slot = self.slot(table, position)
@@ -114,12 +119,15 @@ class Shadow:
 
 def check_batch(scheduler, batch):
     assert sum(batch.num_new) == batch.num_tokens <= scheduler.max_num_batched_tokens
-    assert len(batch.seqs) == len(batch.num_new) == len(batch.tables) == len(set(batch.seqs))
+    assert len(batch.seqs) == len(batch.num_new) == len(batch.block_tables) == len(set(batch.seqs))
     assert all(n >= 1 for n in batch.num_new)
     sources, targets = {s for s, _ in batch.copies}, [t for _, t in batch.copies]
     assert len(set(targets)) == len(targets) and not sources & set(targets)
     if scheduler.sequences: assert batch.seqs, 'an empty step'
-    assert len(batch.seqs) <= scheduler.max_num_seqs
+    rows = [n if scores else 1 for n, scores in zip(batch.num_new, batch.scores_prompt)]
+    assert sum(rows) <= scheduler.max_num_seqs
+    for seq, n, start, samples in zip(batch.seqs, batch.num_new, batch.starts, batch.samples):
+        assert start == seq.num_computed and samples is (start + n == seq.num_tokens)
 
 
 def check_state(scheduler):
@@ -127,14 +135,14 @@ def check_state(scheduler):
     blocks, running = scheduler.blocks, scheduler.running
     assert [s.rank for s in running] == sorted(s.rank for s in running)
     assert len(running) <= scheduler.max_num_seqs
-    assert all(s.status is Status.RUNNING for s in running)
+    assert all(s.status is SequenceStatus.RUNNING for s in running)
     assert set(blocks.tables) == {s.id for s in running}    # nobody else holds blocks
     assert all(blocks.tables[s.id].length == s.num_computed for s in running)
     unfinished = scheduler.sequences.values()
     assert all(s.num_computed < s.num_tokens and not s.finish_reason for s in unfinished)
-    queue = [s for _, s in scheduler.waiting.heap if s.status is not Status.FINISHED]
+    queue = [s for _, s in scheduler.waiting.heap if s.status is not SequenceStatus.FINISHED]
     assert sorted(s.rank for s in queue) == sorted(s.rank for s in unfinished if s not in running)
-    assert all(s.status is Status.WAITING and s.num_computed == 0 for s in queue)
+    assert all(s.status is SequenceStatus.WAITING and s.num_computed == 0 for s in queue)
     check_blocks(blocks)
 
 
@@ -152,7 +160,7 @@ def check_blocks(blocks):
 # --- the walk ----------------------------------------------------------------------------------------
 
 COUNTS = dict.fromkeys(('rules', 'steps', 'preemptions', 'copies', 'finished', 'refused', 'aborted',
-                        'failed', 'late_aborts', 'overtaken', 'probes'), 0)    # what the walk met
+                        'failed', 'late_aborts', 'overtaken', 'scored'), 0)    # what the walk met
 some = st.integers(0, 10**6)
 
 
@@ -239,7 +247,7 @@ class Walk(RuleBasedStateMachine):
     def step_with_error(self, who):
         COUNTS['rules'] += 1; COUNTS['failed'] += 1
         batch, tokens = self.begin_step()
-        victim, tokens[who % len(tokens)] = batch.seqs[who % len(tokens)].owner, ValueError('broken')
+        victim, tokens[who % len(tokens)] = batch.seqs[who % len(tokens)], ValueError('broken')
         self.finish_step(batch, tokens)
         assert victim.finish_reason == 'error' and str(victim.error) == 'broken'
 
@@ -248,11 +256,11 @@ class Walk(RuleBasedStateMachine):
         batch = self.scheduler.schedule()
         check_batch(self.scheduler, batch)
         preempted = self.scheduler.preemptions - before
-        assert not preempted or {r.owner for r in batch.seqs} <= set(ran), 'out and in again in one step'
-        COUNTS['probes'] += sum(row is not row.owner for row in batch.seqs)
+        assert not preempted or set(batch.seqs) <= set(ran), 'out and in again in one step'
+        COUNTS['scored'] += sum(batch.scores_prompt)
         COUNTS['preemptions'] += preempted
         COUNTS['copies'] += len(batch.copies)
-        waiting = [s.rank for s in self.scheduler.sequences.values() if s.status is Status.WAITING]
+        waiting = [s.rank for s in self.scheduler.sequences.values() if s.status is SequenceStatus.WAITING]
         if waiting and self.scheduler.running:
             COUNTS['overtaken'] += min(waiting) < self.scheduler.running[-1].rank
         return batch
@@ -262,9 +270,10 @@ class Walk(RuleBasedStateMachine):
         return batch, self.shadow(batch)
 
     def finish_step(self, batch, tokens):
-        said = {s.id for s, t in zip(batch.seqs, tokens) if t and s is s.owner and s.status is Status.RUNNING}
-        changed = self.scheduler.update(batch, tokens)
-        ended = [s for s in changed if s.status is Status.FINISHED]
+        said = {s.id for s, t, yes in zip(batch.seqs, tokens, batch.samples)
+                if yes and t and s.status is SequenceStatus.RUNNING}
+        changed = self.scheduler.update_from_output(batch, tokens)
+        ended = [s for s in changed if s.status is SequenceStatus.FINISHED]
         self.reported += [s.id for s in ended]
         assert {s.id for s in changed} == said | {s.id for s in ended}
         assert len(changed) == len({s.id for s in changed})
@@ -284,7 +293,7 @@ class Walk(RuleBasedStateMachine):
             by_eos = ids[-1] == EOS and not seq.params.ignore_eos
             assert seq.stop_reason == (ids[-1] if reason == 'stop' and not by_eos else None)
             places = range(1, seq.num_prompt) if seq.params.prompt_logprobs else ()
-            assert {i: t.token_id for i, t in seq.prompt_scores.items()} == {i: seq.token_ids[i] for i in places}
+            assert {i: t.token_id for i, t in seq.prompt_logprobs.items()} == {i: seq.token_ids[i] for i in places}
         assert [int(t) for t in seq.sampled] == seq.token_ids[seq.num_prompt:]
 
     @invariant()
@@ -302,7 +311,7 @@ class Walk(RuleBasedStateMachine):
             check_state(self.scheduler)
         self.finish_step(*self.begin_step())    # reports what ended since
         admitted = [s for s in self.all.values() if s.finish_reason != 'refused']
-        assert all(s.status is Status.FINISHED for s in admitted)
+        assert all(s.status is SequenceStatus.FINISHED for s in admitted)
         assert sorted(self.reported) == sorted(s.id for s in admitted)    # each once
         assert self.scheduler.blocks.num_free == len(self.scheduler.blocks.pool.blocks) - 1
 
@@ -330,7 +339,7 @@ class Rig(Scheduler):
         batch = self.schedule()
         check_batch(self, batch)
         self.copied += len(batch.copies)
-        self.update(batch, self.runner(batch))
+        self.update_from_output(batch, self.runner(batch))
         check_state(self)
         return {s.id: n for s, n in zip(batch.seqs, batch.num_new)}
 
@@ -391,7 +400,7 @@ def test_the_preempted_stands_at_the_head():
     while not scheduler.preemptions: scheduler.step()
     victim = seqs[2]
     assert scheduler.running == seqs[:2]
-    assert (victim.status, victim.num_computed) == (Status.WAITING, 0) and victim.num_tokens > 4
+    assert (victim.status, victim.num_computed) == (SequenceStatus.WAITING, 0) and victim.num_tokens > 4
     scheduler.add(late := request('late', 1, 1))    # would fit at once
     assert scheduler.waiting.first() is victim
     trace = scheduler.run()
@@ -421,7 +430,7 @@ def test_abort(steps):
     assert scheduler.blocks.num_free - used == (steps > 0) and 3 not in scheduler.sequences
     assert [s.finish_reason for s in seqs] == ['abort', None, None, 'abort']
     batch = scheduler.schedule()
-    assert scheduler.update(batch, scheduler.runner(batch)) == [*batch.seqs, seqs[0], seqs[3]]
+    assert scheduler.update_from_output(batch, scheduler.runner(batch)) == [*batch.seqs, seqs[0], seqs[3]]
     scheduler.run()
     assert right(*seqs[1:3]) and len(seqs[0].sampled) == steps
 
@@ -437,7 +446,7 @@ def test_abort_while_the_device_works():
     scheduler = Rig(*(seqs := [request(i) for i in range(3)]))
     batch = scheduler.schedule()
     scheduler.abort(1)
-    changed = scheduler.update(batch, scheduler.runner(batch))
+    changed = scheduler.update_from_output(batch, scheduler.runner(batch))
     assert changed == [seqs[0], seqs[2], seqs[1]] and seqs[1].sampled == []
     scheduler.add(again := request(1))    # the id is free, the old tokens are gone
     scheduler.run()
@@ -448,7 +457,7 @@ def test_an_error_ends_one_request():
     scheduler = Rig(*(seqs := [request(i) for i in range(3)]))
     batch = scheduler.schedule()
     error = FloatingPointError('no token can be drawn')
-    changed = scheduler.update(batch, [error if i == 1 else t for i, t in enumerate(scheduler.runner(batch))])
+    changed = scheduler.update_from_output(batch, [error if i == 1 else t for i, t in enumerate(scheduler.runner(batch))])
     assert changed == [seqs[0], seqs[2], seqs[1]]
     assert seqs[1].error is error and seqs[1].finish_reason == 'error'
     assert set(scheduler.blocks.tables) == {0, 2}
@@ -484,10 +493,10 @@ def test_children_without_a_parent_compute_for_themselves(fate):
     scheduler.step()
     if fate == 'finished': scheduler.step()
     if fate == 'aborted': scheduler.abort('p')
-    if fate == 'failed': scheduler.update(scheduler.schedule(), [RuntimeError()])
+    if fate == 'failed': scheduler.update_from_output(scheduler.schedule(), [RuntimeError()])
     trace = scheduler.run()
     assert sum(t.get('c', 0) for t in trace) == most_work(child) and right(child)
-    assert parent.status is Status.FINISHED
+    assert parent.status is SequenceStatus.FINISHED
 
 
 def test_children_ahead_of_their_parent_compute_for_themselves():
@@ -536,12 +545,12 @@ def test_no_tokens_wanted():
     assert seq.finish_reason == 'length' and 'a' not in scheduler.sequences
     batch = scheduler.schedule()
     assert [s.id for s in batch.seqs] == ['b']
-    assert {s.id for s in scheduler.update(batch, scheduler.runner(batch))} == {'a', 'b'}
+    assert {s.id for s in scheduler.update_from_output(batch, scheduler.runner(batch))} == {'a', 'b'}
 
 
 def test_nothing_to_do():
     batch = (scheduler := Rig()).schedule()
-    assert batch.seqs == [] == scheduler.update(batch, []) and batch.num_tokens == 0
+    assert batch.seqs == [] == scheduler.update_from_output(batch, []) and batch.num_tokens == 0
 
 
 @pytest.mark.parametrize('limit', ['max_num_seqs', 'max_num_batched_tokens'])
@@ -556,24 +565,23 @@ def test_several_tokens_in_one_step():
     seq = Sequence('a', [5, 6], SamplingParams(max_tokens=4, stop_token_ids=(9,)), (EOS,))
     said = lambda *ids: [Sampled(i, -0.5, None) for i in ids]
     seq.num_computed = 2
-    seq.extend(said(7, 8))
+    seq.append_tokens(said(7, 8))
     assert (seq.num_tokens, seq.num_computed, seq.finish_reason) == (4, 3, None)
-    seq.extend(said(9, 7, 7))
+    seq.append_tokens(said(9, 7, 7))
     assert (seq.token_ids[2:], seq.finish_reason, seq.stop_reason) == ([7, 8, 9], 'stop', 9)
     seq = Sequence('a', [5, 6], SamplingParams(max_tokens=2, stop_token_ids=(9,)), (EOS,))
-    seq.extend(said(7, 9))
+    seq.append_tokens(said(7, 9))
     assert seq.finish_reason == 'stop'    # a reason to stop comes before the length
     seq = Sequence('a', [5, 6], SamplingParams(max_tokens=2), (EOS,))
-    seq.extend(said(EOS))
+    seq.append_tokens(said(EOS))
     assert (seq.finish_reason, seq.stop_reason) == ('stop', None)
 
 
-def test_speaks():
+def test_an_entry_that_reaches_the_end_samples():
     seq = request('a', 5)
-    for computed, n, speaks in ((0, 5, True), (0, 4, False), (3, 2, True), (3, 1, False)):
+    for computed, n, samples in ((0, 5, True), (0, 4, False), (3, 2, True), (3, 1, False)):
         seq.num_computed = computed
-        (batch := Batch(4)).add(seq, n, [1, 2], [])
-        assert batch.speaks(0) is speaks
+        assert Batch.of([(seq, n, [1, 2])], 4).samples == [samples]
 
 
 # --- nobody starves ----------------------------------------------------------------------------------
@@ -586,7 +594,7 @@ def test_a_stream_of_newcomers_starves_nobody(budget, seqs):
     scheduler = Rig(*first, blocks=6, max_num_batched_tokens=budget, max_num_seqs=seqs)
     limit, steps = sum(map(most_work, first)), 0
     assert limit == bound(scheduler, first[-1])
-    while first[-1].status is not Status.FINISHED:
+    while first[-1].status is not SequenceStatus.FINISHED:
         for i in range(3): scheduler.add(request((steps, i), 1, 2))
         scheduler.step()
         steps += 1
@@ -598,7 +606,7 @@ def test_a_stream_of_newcomers_starves_nobody(budget, seqs):
 def test_lower_priorities_do_not_delay():
     scheduler = Rig(seq := request('a', 6, 9, priority=1), blocks=6)
     for steps in range(9):
-        assert seq.status is not Status.FINISHED
+        assert seq.status is not SequenceStatus.FINISHED
         for i in range(3): scheduler.add(request((steps, i), 6, 9, priority=2))
         scheduler.step()
     assert right(seq) and scheduler.preemptions
@@ -610,9 +618,9 @@ def test_higher_priorities_delay_for_as_long_as_they_come():
     for i in range(60):
         scheduler.add(request(i, 6, 9, priority=0))
         scheduler.step()
-    assert seq.status is Status.WAITING and scheduler.preemptions    # that is what they are for
+    assert seq.status is SequenceStatus.WAITING and scheduler.preemptions    # that is what they are for
     limit, steps = bound(scheduler, seq), 0
-    while seq.status is not Status.FINISHED: steps, _ = steps + 1, scheduler.step()
+    while seq.status is not SequenceStatus.FINISHED: steps, _ = steps + 1, scheduler.step()
     assert steps <= limit and right(seq)
 
 
@@ -620,7 +628,7 @@ def test_higher_priorities_delay_for_as_long_as_they_come():
 
 def test_no_device():
     "The scheduler decides; it neither imports nor loads what computes."
-    for module in (tinyvllm.core.scheduler, tinyvllm.core.blocks):
+    for module in (tinyvllm.core.scheduler, tinyvllm.core.sequence, tinyvllm.core.blocks):
         nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text(encoding='utf-8'))))
         names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
         names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
@@ -647,5 +655,5 @@ def code_lines(path):
 
 
 def test_it_stays_small():
-    sizes = {m.__name__: code_lines(Path(m.__file__)) for m in (tinyvllm.core.scheduler, tinyvllm.core.blocks)}
+    sizes = {m.__name__: code_lines(Path(m.__file__)) for m in (tinyvllm.core.scheduler, tinyvllm.core.sequence, tinyvllm.core.blocks)}
     assert 100 < sum(sizes.values()) <= 350, sizes

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
 from uuid import uuid4
-from ..core.scheduler import Sequence
+from ..core.sequence import Sequence
 from ..device import allow_threads
 from .core import EngineCore
 from .llm import LLMEngine

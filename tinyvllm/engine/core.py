@@ -5,7 +5,8 @@
 # %% ../../nbs/04a_engine.ipynb #013a2f3e
 from __future__ import annotations
 from collections.abc import Callable
-from ..core.scheduler import Scheduler, Sequence, Status
+from ..core.scheduler import Scheduler
+from ..core.sequence import Sequence, SequenceStatus
 
 # %% auto #0
 __all__ = ['EngineCore']
@@ -18,13 +19,13 @@ class EngineCore:
         runner: Callable, # a batch -> the new tokens of each of its sequences
     ): self.scheduler, self.runner = scheduler, runner
 
-    def busy(self) -> bool: return bool(self.scheduler.sequences or self.scheduler.ended)
+    def busy(self) -> bool: return bool(self.scheduler.sequences or self.scheduler.finished)
 
     def step(self) -> list[Sequence]: # those that said something or ended
         "Compute once."
         batch = self.scheduler.schedule()
         tokens = self.runner(batch)
-        return self.scheduler.update(batch, tokens)
+        return self.scheduler.update_from_output(batch, tokens)
 
     def add(self, sequences: list[Sequence]) -> None:
         "Queue them; raises `BadInput`."
@@ -33,11 +34,10 @@ class EngineCore:
     def end(self, sequences: list[Sequence], reason: str) -> None:
         "Finish what is not finished; the next step reports it."
         for seq in sequences:
-            if seq.status is not Status.FINISHED: self.scheduler.finish(seq, reason)
+            if seq.status is not SequenceStatus.FINISHED: self.scheduler.finish(seq, reason)
 
     def fail(self, error: Exception) -> list[Sequence]:
         "End all sequences with an error: the step itself has failed."
         for seq in self.scheduler.sequences.values(): seq.error = error
         self.end(list(self.scheduler.sequences.values()), 'error')
-        ended, self.scheduler.ended = self.scheduler.ended, []
-        return ended
+        return self.scheduler.take_finished()

@@ -24,7 +24,7 @@ from ..models.tokenizer import Tokenizer, load_tokenizer
 from ..models.weights import Checkpoint, resolve
 from ..quant.pack import PackedLlama, load_packed
 from ..runner.eager import EagerRunner
-from ..runner.jit import AsyncScheduler, JitRunner
+from ..runner.jit import PAGES, JitRunner
 from tinygrad import Device, Tensor, dtypes
 
 # %% auto #0
@@ -121,7 +121,8 @@ def best_scheduler(
     "One that lets the device work ahead, if the runner can. Raises `BadInput`."
     sizes = blocks, args.max_num_seqs, args.max_num_batched_tokens
     if isinstance(runner, JitRunner):
-        return AsyncScheduler(*sizes, num_scheduler_steps=args.num_scheduler_steps)
+        steps = min(args.num_scheduler_steps, PAGES // 2)    # results of two decisions wait
+        return Scheduler(*sizes, steps, output_delay=1)
     if args.num_scheduler_steps > 1:
         name = type(runner).__name__
         raise BadInput(f'{name} reads each token at once; num_scheduler_steps is 1')

@@ -9,7 +9,8 @@ from collections.abc import Callable, Hashable, Iterator
 from itertools import count
 from pathlib import Path
 from tqdm import tqdm
-from ..core.scheduler import Scheduler, Sequence
+from ..core.scheduler import Scheduler
+from ..core.sequence import Sequence
 from .core import EngineCore
 from .outputs import (CompletionOutput, News, Request, RequestOutput, StatLogger,
                                      make_request)

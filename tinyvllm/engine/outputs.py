@@ -14,7 +14,7 @@ from ..models.llama import ModelConfig
 from ..measure import Stopwatch
 from ..sampling.params import SamplingParams
 from ..sampling.sampler import Sampled
-from ..core.scheduler import Sequence
+from ..core.sequence import Sequence
 from ..models.tokenizer import Tokenizer
 
 # %% auto #0
@@ -84,7 +84,7 @@ class Answer:
         out, stopped, first = self.output, None, len(self.output.token_ids)
         new = self.seq.sampled[first:news.said]
         for n, token in enumerate(new, 1) if self.stream else ():
-            if token.token_id not in self.seq.ends:
+            if token.token_id not in self.seq.stop_ids:
                 self.stream.add(token.token_id, first + n > self.seq.params.min_tokens)
             if stopped := self.stream.stopped: new = new[:n]; break
         self._add(new)
@@ -171,8 +171,8 @@ class Request(Asked):
     def score(self) -> None:
         "The log-probabilities of the prompt, if they were asked for and are all there."
         seq, places = self.sequences[0], range(1, len(self.output.prompt_token_ids))
-        if seq.params.prompt_logprobs is None or len(seq.prompt_scores) < len(places): return
-        scores = told([seq.prompt_scores[i] for i in places], self.tokenizer)
+        if seq.params.prompt_logprobs is None or len(seq.prompt_logprobs) < len(places): return
+        scores = told([seq.prompt_logprobs[i] for i in places], self.tokenizer)
         self.output.prompt_logprobs = [None, *scores]
 
 # %% ../../nbs/04c_outputs.ipynb #6a63275b

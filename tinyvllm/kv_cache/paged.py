@@ -10,12 +10,12 @@ import math
 import numpy as np
 from ..reference.generate import bucket
 from ..models.llama import InputBatch, Llama
-from ..core.scheduler import Batch
+from ..core.sequence import Batch
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops
 
 # %% auto #0
-__all__ = ['stored', 'PagedKVCache', 'PagedBatch', 'paged_attend']
+__all__ = ['stored', 'PagedKVCache', 'logits_rows', 'PagedBatch', 'paged_attend']
 
 # %% ../../nbs/04_blocks.ipynb #b9e4f737
 def _store(pool: UOp, new: UOp, slots: UOp) -> UOp:
@@ -65,6 +65,16 @@ class PagedKVCache:
         return sum(t.nbytes() for t in self.k + self.v)
 
 # %% ../../nbs/04_blocks.ipynb #c90e840a
+def logits_rows(
+    batch: Batch, # the scheduler's decision
+) -> list[int]: # tokens, counted over the whole step
+    "Tokens whose logits are needed: the last of each entry, all where the prompt is scored."
+    rows, end = [], 0
+    for n, scores in zip(batch.num_new, batch.scores_prompt):
+        end += n
+        rows += range(end - n if scores else end - 1, end)
+    return rows
+
 @dataclass
 class PagedBatch(InputBatch):
     "A pass over tokens of many sequences, with the places of their keys and values."
@@ -81,17 +91,20 @@ class PagedBatch(InputBatch):
         "The tensors of one step, padded to buckets; padding is written to block 0."
         T, S, size = bucket(batch.num_tokens), bucket(len(batch.seqs)), batch.block_size
         tokens, positions, slots, owners = np.zeros((4, T), np.int32)
-        tables = np.zeros((S, bucket(max(map(len, batch.tables)))), np.int32)
+        tables = np.zeros((S, bucket(max(map(len, batch.block_tables)))), np.int32)
         starts = np.cumsum([0, *batch.num_new] + [0] * (S - len(batch.seqs)), dtype=np.int32)
-        for s, (seq, n, table) in enumerate(zip(batch.seqs, batch.num_new, batch.tables)):
-            new, first = slice(starts[s], starts[s + 1]), seq.num_computed
+        for s, (seq, n, table) in enumerate(zip(batch.seqs, batch.num_new, batch.block_tables)):
+            new, first = slice(starts[s], starts[s + 1]), batch.starts[s]
             tables[s, :len(table)] = table
             positions[new] = place = np.arange(first, first + n)
             tokens[new], owners[new] = seq.token_ids[first:first + n], s
             slots[new] = tables[s, place // size] * size + place % size
-        parts = (tokens, positions, starts[1:] - 1), (slots, tables, owners, starts)
+        rows = logits_rows(batch)
+        rows += rows[-1:] * (bucket(len(rows)) - len(rows))
+        rows = np.array(rows, np.int32)
+        parts = (tokens, positions, rows), (slots, tables, owners, starts)
         head, tail = ([Tensor(x, device=device) for x in part] for part in parts)
-        return cls(*head, batch.seqs[0].num_computed, *tail)
+        return cls(*head, batch.starts[0], *tail)
 
     @cached_property
     def token_tables(self) -> Tensor:  # (T, B)

@@ -7,21 +7,29 @@ from __future__ import annotations
 import numpy as np
 from ..kv_cache.paged import PagedBatch
 from ..models.llama import Llama
-from ..sampling.sampler import Sampled
-from ..core.scheduler import Batch, Sequence
+from ..sampling.sampler import Sampled, attach_logprobs
+from ..core.sequence import Batch
 from tinygrad.helpers import Context
 
 # %% auto #0
-__all__ = ['sampled', 'EagerRunner']
+__all__ = ['sample_entry', 'EagerRunner']
 
 # %% ../../nbs/04b_runner.ipynb #01393b55
-def sampled(
-    seq: Sequence, # which request
-    logits: np.ndarray, # (V,) float32 scores of its next token
-) -> list[Sampled] | Exception:
-    "Its next token, or the error that its sampling raised: it ends this request, not the step."
-    try: return [seq.sample(logits)]
-    except Exception as error: return error
+def sample_entry(
+    batch: Batch, # the scheduler's decision
+    i: int, # which entry
+    logits: np.ndarray, # (rows, V) float32, of its tokens in `logits_rows`
+) -> list[Sampled] | Exception: # its next token, or a log-probability for each prompt token
+    "Sample for one entry. An error is returned, not raised: it ends one sequence, not the step."
+    seq, start = batch.seqs[i], batch.starts[i]
+    try:
+        if batch.scores_prompt[i]:
+            targets = seq.token_ids[start + 1:start + 1 + len(logits)]
+            return [attach_logprobs(row.astype(np.float64), target, seq.params.prompt_logprobs)
+                    for row, target in zip(logits, targets)]
+        return [seq.sampler(logits[0])] if batch.samples[i] else []
+    except Exception as error:
+        return error
 
 # %% ../../nbs/04b_runner.ipynb #ad763111
 class EagerRunner:
@@ -41,5 +49,7 @@ class EagerRunner:
         inputs = PagedBatch.of(batch, self.model.embedding.device)
         with Context(SPLIT_REDUCEOP=0):    # else a lookup in a large pool reads all of it
             logits = self.model(inputs, self.cache, self.attend).numpy()
-        return [sampled(seq, logits[i]) if batch.speaks(i) else []
-                for i, seq in enumerate(batch.seqs)]
+        counts = [n if scores else 1 for n, scores in zip(batch.num_new, batch.scores_prompt)]
+        ends = np.cumsum(counts)
+        return [sample_entry(batch, i, logits[end - n:end])
+                for i, (n, end) in enumerate(zip(counts, ends))]

@@ -15,7 +15,8 @@ from ..engine.llm import LLMEngine
 from ..engine.core import EngineCore
 from ..engine.outputs import Request, StatLogger
 from ..errors import BadInput
-from ..core.scheduler import Batch, Scheduler, Sequence
+from ..core.scheduler import Scheduler
+from ..core.sequence import Batch, Sequence
 from tinygrad.helpers import GlobalCounters
 
 # %% auto #0
@@ -171,8 +172,8 @@ class StepStats(RequestStats):
 
     def scheduled(self, batch: Batch, now: float) -> None:
         "Somebody waited before this batch: who runs for the first time?"
-        for row in batch.seqs:
-            if not row.owner.sampled: self.started.setdefault(row.owner, now)
+        for seq in batch.seqs:
+            if not seq.sampled: self.started.setdefault(seq, now)
 
     def stepped(self, batch: Batch, seconds: list[float], now: float) -> None:
         "A step is over; `seconds` are those of its `PARTS`."
@@ -211,7 +212,7 @@ class MeteredCore(EngineCore):
         if anybody: self.stats.scheduled(batch, decided)
         tokens = self.runner(batch)
         launched, idle_then = clock(), self.waited()
-        changed = self.scheduler.update(batch, tokens)
+        changed = self.scheduler.update_from_output(batch, tokens)
         done, idle_now = clock(), self.waited()
         self.stats.stepped(batch, [
             decided - start, launched - decided - (idle_then - idle), idle_now - idle,
