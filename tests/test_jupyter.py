@@ -42,7 +42,7 @@ def is_skipped(cell):
     "Does nbdev_test skip this cell?"
     if cell.cell_type != 'code':
         return False
-    directives = extract_directives(nbformat.NotebookNode(cell), remove=False)
+    directives = extract_directives(cell, remove=False)
     return bool(FLAGS & directives.keys()) or directives.get('eval:') == ['false'] or 'nbdev_export(' in cell.source
 
 

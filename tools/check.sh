@@ -24,5 +24,5 @@ python tools/nbcheck.py
 say 'site'
 python tools/docs.py --engine smalldocs --strict
 
-say 'tests: each notebook as nbdev_test runs it, then everything in tests/'
-python -m pytest -q -n 2 --durations=15 tests "$@"
+say 'tests: everything in tests/, with each notebook in a Jupyter kernel'
+python -m pytest -q -n 2 --durations=10 tests "$@"
