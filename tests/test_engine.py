@@ -204,7 +204,7 @@ def test_a_stream_grows_to_the_answer_and_leaving_it_frees_the_blocks(model):
     for _ in llm.stream('abc', greedy(50)):
         break
     llm.generate('abc', greedy(1), use_tqdm=False)
-    assert all_free(llm) and not llm.engine.core.busy()
+    assert all_free(llm) and not llm.engine.core.has_work
 
 
 def test_an_error_while_sampling_ends_one_request(model):
@@ -214,14 +214,14 @@ def test_an_error_while_sampling_ends_one_request(model):
     want = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy(5), use_tqdm=False)]
     outputs = [llm.batcher.add(p, greedy(5)) for p in prompts]
     sequence, calls = llm.engine.requests[outputs[1].request_id].sequences[0], []
-    plain = sequence.sample
+    plain = sequence.sampler
 
     def breaks(logits):
         calls.append(1)
         if len(calls) == 3:
             raise ZeroDivisionError('a logits processor divided by zero')
         return plain(logits)
-    sequence.sample = breaks
+    sequence.sampler = breaks
     list(llm.batcher.run(outputs))
     assert [out.outputs[0].token_ids for out in outputs] == [want[0], want[1][:2], want[2]]
     assert [out.outputs[0].finish_reason for out in outputs] == ['length', 'error', 'length']
@@ -405,7 +405,7 @@ def test_leaving_a_stream_aborts_its_request_and_no_other(model):
         return tokens, again
     tokens, again = asyncio.run(main())
     assert is_greedy(model, [1, 2, 3], tokens) and is_greedy(model, [9, 9], again)
-    assert all_free(llm) and not llm.engine.core.busy()
+    assert all_free(llm) and not llm.engine.core.has_work
 
 
 async def begun(llm):
