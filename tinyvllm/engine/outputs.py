@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
-from ..sampling.logits_processors import check_ids, make_control
+from ..sampling.structured_output import bind_constraints
 from ..errors import BadInput
 from ..reference.generate import TextStream, check_prompt
 from ..models.llama import ModelConfig
 from ..measure import Stopwatch
-from ..sampling.params import SamplingParams
+from ..sampling.params import SamplingParams, check_token_ids
 from ..sampling.sampler import Sampled
 from ..core.sequence import Sequence
 from ..models.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def make_request(
     ids = encode_prompt(prompt, tokenizer)
     room = check_prompt(ids, config, params.max_tokens)
     params = replace(params, max_tokens=room, min_tokens=min(room, params.min_tokens))
-    check_ids('stop_token_ids', params.stop_token_ids, config.vocab_size)
-    control = make_control(params, tokenizer, config, ids) if params.has_constraints else None
+    check_token_ids('stop_token_ids', params.stop_token_ids, config.vocab_size)
+    control = bind_constraints(params, tokenizer, config, ids) if params.has_constraints else None
     text = prompt if isinstance(prompt, str) else None
     return Request(id, text, ids, params, tokenizer, priority, control)

@@ -166,6 +166,8 @@ class Page:
         for name, x in self.parts.items():
             if kind(name) == dtypes.float: self.parts[name] = x.view(np.float32)
         self.masks = masks
+        if masks is not None:
+            self.parts['masks'] = masks
         self.tables = Tables(self.parts['tables'])
         self.wishes = Wishes(self.parts['wishes'], self.parts['chances'])
 

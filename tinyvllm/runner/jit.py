@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from functools import cached_property
 import numpy as np
-from ..sampling.logits_processors import Order, fill_steering, ordered, plugged, prove, steer
+from ..kernels.masks import Constraints, GraphConstraints
 from ..reference.generate import bucket
 from .inputs import Inputs, enter, host_visible
 from ..models.llama import Llama
@@ -30,7 +30,7 @@ from tinygrad.nn.state import get_parameters
 # %% auto #0
 __all__ = ['ARGUMENTS', 'REPLAY', 'PUBLISH', 'TOP', 'PAGES', 'captured', 'call_table', 'CPUGraph', 'overlapping', 'await_metal',
            'Mail', 'alternatives', 'Pending', 'penalised', 'power_of_four', 'graph_shape', 'use_graph', 'Replay',
-           'Step', 'Graph', 'heard', 'history', 'steering', 'Graphs', 'Steering', 'Launcher', 'JitRunner']
+           'Step', 'Graph', 'heard', 'history', 'Graphs', 'Launcher', 'JitRunner']
 
 # %% ../../nbs/07_tinyjit.ipynb #f53c1c6d
 def captured(
@@ -307,7 +307,8 @@ class Step:
     def __init__(self, runner, steps: int, tokens: int, rows: int, width: int, seen: int,
                  tops: bool, edits: int = 0, plugins: tuple = ()):
         self.runner, self.steps, self.rows, self.tops = runner, steps, rows, tops
-        self.plugins = [name for name, _ in plugins]
+        needs = edits, plugins
+        self.constraints = GraphConstraints(needs, rows, steps, runner.model.config.vocab_size)
         words = -(-runner.model.config.vocab_size // 32) if edits else 0
         self.inputs = Inputs(runner.mail.device, tokens, rows, width, seen, steps, edits, plugins,
                              words=words)
@@ -326,9 +327,8 @@ class Step:
     def steered(self, logits: Tensor, x: dict[str, Tensor]) -> Tensor: # (R, V) both
         "What may be said; without masks, edits and plugins the same tensor."
         mail = self.runner.mail
-        if 'masked' in x:
-            logits = steer(logits, x, self.inputs.masks, mail.route, mail.clock, self.steps)
-        return plugged(logits, x, self.plugins)
+        return self.constraints.apply(logits, x | dict(
+            masks=self.inputs.masks, step_to_slot=mail.route, step_counter=mail.clock))
 
 # %% ../../nbs/07_tinyjit.ipynb #08ceb151
 class Graph:
@@ -365,16 +365,6 @@ def history(
     counts = Counter(said := heard(seq, before))
     return [(i, counts[i]) for i in {*seq.token_ids[:seq.num_prompt], *said}]
 
-def steering(
-    orders: list[Order | None], # of the sequences of a step
-) -> tuple: # of a graph's key: edits with padding, plugins; empty: nothing to steer
-    "What a graph needs for these orders."
-    given = [order for order in orders if order]
-    masks, edits = any(o.mask is not None for o in given), sum(len(o.edits) for o in given)
-    plugins = tuple(sorted({(name, len(row)) for o in given for name, row in o.numbers.items()}))
-    if not (masks or edits or plugins): return ()
-    return power_of_four(edits, 64) if masks or edits else 0, plugins
-
 # %% ../../nbs/07_tinyjit.ipynb #5d2ad80f
 class Graphs:
     "A model with its graphs, one for each shape that a step has had."
@@ -389,7 +379,7 @@ class Graphs:
         self.graphs: dict[tuple, Graph] = {}
         self.places: dict = {}       # id of a sequence -> its row in the step before
         self.before: Pending | None = None
-        self.proofs: dict[tuple, Exception | None] = {}    # of plugins
+        self.constraints = Constraints(model.config.vocab_size, self.mail.device)
         Tensor.realize(*get_parameters(model))    # else each replay would load them again
         use_graph(self.mail.device)
 
@@ -402,52 +392,23 @@ class Graphs:
             self.graphs[key] = Graph(Step(self, power_of_four(batch.steps, least=1), *key))
         return self.graphs[key]
 
-# %% ../../nbs/07_tinyjit.ipynb #f21d81d2
-class Steering(Graphs):
-    "Asks the controls of sequences what may be said."
-    def proof(self, use, rows: int) -> Exception | None:
-        "What goes wrong when a plugin handles so many rows; tried once."
-        key = use.processor.name, rows
-        if key not in self.proofs:
-            shape = rows, self.model.config.vocab_size
-            self.proofs[key] = prove(use.processor, shape, use.size, self.mail.device)
-        return self.proofs[key]
-
-    def order(self, seq: Sequence, rows: int) -> Order | Exception:
-        "What holds for the next token, or why that cannot be said."
-        try:
-            for use in seq.logits_processors.processors:
-                if wrong := self.proof(use, rows): return wrong
-            if seq.logits_processors.listens: said = heard(seq, self.before)
-            else: said = seq.token_ids[seq.num_prompt:] + [-1] * seq.in_flight    # not known yet
-            return ordered(seq.logits_processors, said)
-        except Exception as error: return error
-
-    def orders(self, batch: Batch) -> tuple[list[Order | None], dict[int, Exception]]:
-        "For each sequence what holds, if anything; and those that have failed."
-        if all(seq.logits_processors is None for seq in batch.seqs): return [], {}
-        rows = graph_shape(batch.num_tokens, len(batch.seqs))[1]
-        said = [self.order(seq, rows) if seq.logits_processors and batch.samples[i] else None
-                for i, seq in enumerate(batch.seqs)]
-        errors = {i: order for i, order in enumerate(said) if isinstance(order, Exception)}
-        return [None if i in errors else order for i, order in enumerate(said)], errors
-
 # %% ../../nbs/07_tinyjit.ipynb #12e24a9d
-class Launcher(Steering):
+class Launcher(Graphs):
     "Gives the device its steps."
     def launch(self, decision: Batch) -> Pending:
         "Fill a page, and replay its graph as often as the batch has steps."
         batch = expand_prompt_rows(decision)
         lists = [history(seq, self.before) if penalised(seq) else [] for seq in batch.seqs]
         seen = power_of_four(sum(map(len, lists)), least=256) if any(lists) else 0
-        orders, errors = self.orders(batch)
-        needs = steering(orders)
+        rows = graph_shape(batch.num_tokens, len(batch.seqs))[1]
+        plan = self.constraints.plan(batch, rows, lambda seq: heard(seq, self.before))
+        needs, errors = (plan.needs, plan.errors) if plan else ((), {})
         graph = self.graph(batch, seen, needs)
         inputs = graph.step.inputs
         page = inputs.next_page()
         page.fill(batch, self.places)
         if seen: page.fill_pairs(lists, 'seen', 'counts', 'begins')
-        if needs: fill_steering(page, orders)
+        if needs: graph.step.constraints.fill(page, plan)
         tickets = [graph(inputs.used, later) for later in range(batch.steps)]
         pending = Pending(self.mail, batch, tickets, graph.step.rows, errors, decision)
         self.places = {seq.id: i for i, seq in enumerate(batch.seqs)}

@@ -23,15 +23,15 @@ def scoring_params(
 
 class ForcedToken:
     "A logits processor that leaves the sampler one choice."
-    listens, processors = False, ()
+    needs_output_tokens, plugins = False, ()
     def __init__(self, token_id: int):
         self.token_id = token_id
 
-    def edits(self, output_token_ids: list[int]) -> list[tuple[int, float]]:
+    def compute_edits(self, output_token_ids: list[int]) -> list[tuple[int, float]]:
         "The token, and what is added to its logit."
         return [(self.token_id, 1e30)]
 
-    def mask(self, output_token_ids: list[int]) -> None:
+    def compute_mask(self, output_token_ids: list[int]) -> None:
         "No token is forbidden."
 
 class PromptRow:

@@ -54,7 +54,7 @@ from ..engine.defaults import load_engine
 from ..engine.warmup import warm_up
 from ..engine.async_llm import SHUT, AsyncEngine, settle
 from ..engine.outputs import RequestOutput
-from ..sampling.logits_processors import load_processors
+from ..sampling.logits_processors import load_plugins
 from ..device import allow_threads
 from ..errors import BadInput
 from .metrics import Metrics, metered
@@ -740,7 +740,7 @@ def load_service(service: Service, model: str, options: dict, warm: bool = True)
     "Load a model, build its engine, compile what it needs, and start. Raises `BadInput`."
     start = monotonic()
     allow_threads()
-    load_processors(service.args.processors)
+    load_plugins(service.args.processors)
     path = resolve(model)
     service.fingerprint = f'{__version__}-{model_hash(path)}'
     engine = load_engine(path, **options)

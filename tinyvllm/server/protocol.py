@@ -36,7 +36,7 @@ from pydantic import (
     create_model)
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError, core_schema, from_json
-from ..sampling.logits_processors import depth
+from ..sampling.structured_output import measure_depth
 from ..engine.outputs import CompletionOutput, Logprob, RequestOutput
 from ..errors import BadInput
 from ..sampling.params import SamplingParams, StructuredOutputs
@@ -182,7 +182,7 @@ class SmallJSON:
         if size > limits.max_schema_bytes:
             raise PydanticCustomError('limit', '{size} bytes are above the limit of {most}',
                                       {'size': size, 'most': limits.max_schema_bytes})
-        if depth(value) > limits.max_schema_depth:
+        if measure_depth(value) > limits.max_schema_depth:
             raise PydanticCustomError('limit', 'nests deeper than the limit of {most}',
                                       {'most': limits.max_schema_depth})
         return value

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
-from ..sampling.logits_processors import MAX_DEPTH, MAX_TEXT, depth
+from ..sampling.structured_output import MAX_DEPTH, MAX_TEXT, measure_depth
 from ..errors import BadInput
 
 # %% auto #0
@@ -72,7 +72,7 @@ def read_object(text: str) -> dict | None: # None if it is no JSON object
         value = json.loads(text)
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError): return None
-    return value if isinstance(value, dict) and depth(value) <= MAX_DEPTH else None
+    return value if isinstance(value, dict) and measure_depth(value) <= MAX_DEPTH else None
 
 def read_call(
     text: str, # {"name": ..., "arguments": {...}}
@@ -269,7 +269,7 @@ def check_tool(tool: dict, where: str) -> str: # its name
     if schema is None: return name
     if not isinstance(schema, dict) or schema.get('type', 'object') != 'object':
         raise BadInput(f'{where}.function.parameters must be the JSON schema of an object')
-    if depth(schema) > MAX_DEPTH:
+    if measure_depth(schema) > MAX_DEPTH:
         raise BadInput(f'{where}.function.parameters nest deeper than {MAX_DEPTH}')
     if len(json.dumps(schema)) > MAX_TEXT:
         raise BadInput(f'{where}.function.parameters are longer than {MAX_TEXT} bytes')
