@@ -22,7 +22,7 @@ from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 from tinyvllm.device import allow_threads
 from tinyvllm.errors import BadInput
 from tinyvllm.measure import counting
-from tinyvllm.kernels.metal import Kernel, cuda_source, defines, element_type, signature_of
+from tinyvllm.kernels.metal import Kernel, format_defines, parse_element_type, parse_signature, translate_to_cuda
 from tinyvllm.metalsim.source import POSITIONS, INDICES, SIMD_WIDTH, Parameter
 
 DEVICES = sorted({'CPU', 'METAL', Device.DEFAULT})
@@ -155,7 +155,7 @@ def test_where_a_thread_stands_in_cuda():
         known = dict(blockIdx=xyz(want['threadgroup_position_in_grid']), blockDim=xyz(threads), gridDim=xyz(grid),
                      threadIdx=xyz(want['thread_position_in_threadgroup']))
         for name, value in want.items():
-            text = metal.cuda_argument(Parameter(f'uint{3 if name in POSITIONS else ""} p [[{name}]]'))
+            text = metal.format_cuda_argument(Parameter(f'uint{3 if name in POSITIONS else ""} p [[{name}]]'))
             got = eval(text.replace('/', '//'), dict(known, uint=lambda a: a, uint3=lambda *a: a))
             assert got == value, name
 
@@ -310,12 +310,12 @@ def test_a_kernel_may_limit_its_threads():
     (['kernel void f(device int* y, device int* x) {}', 'kernel void f(device int* y, device const int* x) {}'],
      'differs between Metal and C')])
 def test_texts_are_refused(texts, why):
-    assert why in refusal(signature_of, *texts)
+    assert why in refusal(parse_signature, *texts)
     assert why in refusal(Kernel(*texts), Tensor.empty(1))
 
 
 def test_the_same_types_may_be_wider_in_c():
-    kernel = signature_of('kernel void f(device T* y, device const half4* x, uint i [[thread_position_in_grid]]) {}',
+    kernel = parse_signature('kernel void f(device T* y, device const half4* x, uint i [[thread_position_in_grid]]) {}',
                           'kernel void f(device T* y, device const half16* x) {}')
     assert [p.name for p in kernel.slots.values()] == ['y', 'x']
 
@@ -365,14 +365,14 @@ def test_the_error_stream_survives_compilations_in_many_threads():
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_float_is_a_float_literal(x):
-    text = defines(dict(A=x, B=np.float64(x), C=np.float32(0.1)))
+    text = format_defines(dict(A=x, B=np.float64(x), C=np.float32(0.1)))
     a, b, c = re.findall(r'#define \w (\S+)\n', text)
     assert a == b and a.endswith('f') and float(a[:-1]) == x and float(c[:-1]) == np.float32(0.1)
     assert re.fullmatch(r'-?\d+(\.\d+)?(e[+-]?\d+)?f', a) and ('.' in a or 'e' in a)
 
 
 def test_other_constants():
-    text = defines(dict(N=5, NEG=-3, YES=True, NO=False, M=np.int64(7), T='half', EXPRESSION='(a + b)'))
+    text = format_defines(dict(N=5, NEG=-3, YES=True, NO=False, M=np.int64(7), T='half', EXPRESSION='(a + b)'))
     assert text == ('#define N 5\n#define NEG -3\n#define YES 1\n#define NO 0\n#define M 7\n'
                     '#define T half\n#define EXPRESSION (a + b)\n')
 
@@ -384,13 +384,13 @@ def test_other_constants():
     ('device const long* x', dtypes.int64), ('device const bool* x', dtypes.bool), ('device float3* x', None),
     ('device atomic_uint* x', None), ('device W* x', None)])
 def test_element_types(text, dtype):
-    assert element_type(Parameter(text), dict(T='half', V='float4')) == dtype
+    assert parse_element_type(Parameter(text), dict(T='half', V='float4')) == dtype
 
 
 # --- CUDA, as text
 
 def test_the_translation_keeps_lines_and_drops_address_spaces():
-    text = cuda_source(SUMS, signature_of(SUMS), 96)
+    text = translate_to_cuda(SUMS, parse_signature(SUMS), 96)
     head, entry = text[:text.rindex('}\nextern')], text[text.rindex('extern'):]
     namespace, line, *body = head.splitlines()
     assert namespace == 'namespace metal {' and line == '#line 1 "sums"' and len(body) == len(SUMS.splitlines())
@@ -455,7 +455,7 @@ def test_nvrtc_errors_have_our_lines_and_no_noise(nvrtc):
 
 def same(found, expected, what):
     assert found == expected, (f'tinygrad has changed: {what} is {found!r} and was {expected!r}; '
-                               'adapt `launched` in nbs/05_metal.ipynb, the only place that depends on it')
+                               'adapt `call_kernel` in nbs/05_metal.ipynb, the only place that depends on it')
 
 
 def names(cls):

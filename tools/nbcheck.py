@@ -134,12 +134,13 @@ def prose_words(text):
 
 
 def line_limit(cell):
-    "A class and a kernel's text may be longest, other exported, hidden and folded cells longer than the lesson."
-    whole = len(cell.body) == 1 and (isinstance(cell.body[0], ast.ClassDef) or holds_text(cell.body[0]))
+    "A class and a kernel's text may be longest; exported, hidden and folded cells, and a lesson's kernel, are next."
+    text = len(cell.body) == 1 and holds_text(cell.body[0])
+    whole = text or len(cell.body) == 1 and isinstance(cell.body[0], ast.ClassDef)
     folded = 'hide' in cell.directives or cell.directives.get('code-fold:') == 'true'
     if cell.exported and whole:
         return CLASS_LINES
-    return EXPORT_LINES if cell.exported or folded else LESSON_LINES
+    return EXPORT_LINES if cell.exported or folded or text else LESSON_LINES
 
 
 def holds_text(statement):

@@ -22,11 +22,11 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 
 # %% auto #0
-__all__ = ['METAL_PRELUDE', 'C_PRELUDE', 'FOLLOW', 'CUDA_PRELUDE', 'DEVICES', 'defines', 'signature_of', 'launched',
-           'element_type', 'check_sizes', 'check_tensors', 'check_compiles', 'cuda_argument', 'cuda_source',
-           'KernelText', 'Kernel']
+__all__ = ['METAL_PRELUDE', 'C_PRELUDE', 'FOLLOW', 'CUDA_PRELUDE', 'PTX', 'DEVICES', 'format_defines', 'parse_signature',
+           'call_kernel', 'parse_element_type', 'check_sizes', 'check_tensors', 'check_compiles',
+           'format_cuda_argument', 'translate_to_cuda', 'Kernel']
 
-# %% ../../nbs/05_metal.ipynb #077c49da
+# %% ../../nbs/05_metal.ipynb #0814e71c
 METAL_PRELUDE = """\
 #include <metal_stdlib>
 using namespace metal;
@@ -44,25 +44,26 @@ VECTORS(float) VECTORS(half) VECTORS(int) VECTORS(uint)
 #define device
 """
 
-def defines(
+def format_defines(
     constants: dict[str, int | float | str], # what the text leaves open: sizes, scales, types
 ) -> str: # one `#define` a line
-    "Constants are compiled in, not passed: the compiler unrolls by them."
+    "Format constants for the compiler; a float becomes a float32 literal."
     def literal(x):
         if isinstance(x, str): return x
         return str(x.__index__()) if hasattr(x, '__index__') else f'{float(x)!r}f'
     return ''.join(f'#define {name} {literal(value)}\n' for name, value in constants.items())
 
-# %% ../../nbs/05_metal.ipynb #51c6b0c2
-def signature_of(
+# %% ../../nbs/05_metal.ipynb #7eae4a86
+def parse_signature(
     *texts: str, # of one kernel, in Metal and in C
-) -> Signature: # as the first one has it
-    "A kernel's name and parameters. Raises `BadInput` where tinygrad could not call it."
+) -> Signature: # of the first text
+    "Parse a kernel's name and parameters. Raises `BadInput` where tinygrad could not call it."
     found = [signatures(text) for text in texts if text]
     if not found or any(len(kernels) != 1 for kernels in found):
         raise BadInput('a Kernel is one kernel, written in Metal, in C or in both')
     kernel, *others = [kernels[0] for kernels in found]
-    def buffers(k): return k.name, [(p.name, p.writable) for p in k.slots.values()]
+    def buffers(k):
+        return k.name, [(p.name, p.writable) for p in k.slots.values()]
     if any(buffers(other) != buffers(kernel) for other in others):
         raise BadInput(f'kernel {kernel.name} differs between Metal and C: name the same buffers')
     for p in kernel.parameters:
@@ -73,8 +74,8 @@ def signature_of(
         raise BadInput(f'kernel {kernel.name} writes nothing')
     return kernel
 
-# %% ../../nbs/05_metal.ipynb #b1983893
-def launched(
+# %% ../../nbs/05_metal.ipynb #de356bdd
+def call_kernel(
     kernel: Signature, # name and parameters
     source: str, # in the device's language
     tensors: tuple[Tensor, ...], # in the signature's order
@@ -82,30 +83,31 @@ def launched(
     threads: tuple[int, ...], # in a threadgroup
     estimates: Estimates, # for tinygrad's counters
 ) -> tuple[Tensor, ...]: # the written ones
-    "A tinygrad program with our source as its body: scheduled, graphed and captured like its own."
-    places = tuple(range(len(tensors)))
-    outs = tuple(i for i, p in zip(places, kernel.slots.values()) if p.writable)
+    "Add a tinygrad program with our source to the lazy graph; it is scheduled and captured as any."
+    slots = tuple(range(len(tensors)))
+    outs = tuple(i for i, p in zip(slots, kernel.slots.values()) if p.writable)
     grid, threads = ((*x, 1, 1)[:3] for x in (grid, threads))
+
     def body(*placeholders: UOp) -> UOp:
         buffers = tuple(p.base for p in placeholders)
         sink = UOp.sink(*buffers, arg=KernelInfo(kernel.name, estimates=estimates))
-        info = ProgramInfo(kernel.name, grid, threads, globals=places, outs=outs, ins=places,
+        info = ProgramInfo(kernel.name, grid, threads, globals=slots, outs=outs, ins=slots,
                            target=Device[tensors[0].device].renderer.target)
         text = UOp(Ops.LINEAR, src=(*buffers, sink)), UOp(Ops.SOURCE, arg=source)
         return UOp(Ops.PROGRAM, src=(sink, *text), arg=info)
     done = UOp.custom_kernel(*(t.uop for t in tensors), fxn=body)
     return tuple(Tensor(done[i]) for i in outs)
 
-# %% ../../nbs/05_metal.ipynb #9ccccec0
+# %% ../../nbs/05_metal.ipynb #0bf8d117
 _TYPES = dict(half=dtypes.half, float=dtypes.float, bfloat=dtypes.bfloat16, char=dtypes.int8,
               uchar=dtypes.uint8, short=dtypes.int16, ushort=dtypes.uint16, int=dtypes.int32,
               uint=dtypes.uint32, long=dtypes.int64, ulong=dtypes.uint64, bool=dtypes.bool)
 
-def element_type(
+def parse_element_type(
     p: Parameter, # of a kernel, such as `device const half4* x`
     constants: dict[str, int | float | str], # may name the type
 ) -> DType | None: # such as `dtypes.half`; None for any other
-    "tinygrad's type for what a pointer points to; a vector counts as its elements."
+    "Return tinygrad's type of what a pointer points to; a vector counts as its elements."
     return _TYPES.get(re.sub(r'(2|4|8|16)$', '', str(constants.get(p.scalar, p.scalar))))
 
 def check_sizes(
@@ -113,26 +115,29 @@ def check_sizes(
     grid: tuple[int, ...], # threadgroups
     threads: tuple[int, ...], # in a threadgroup
 ) -> None:
-    "Refuse what a GPU would drop without a word; raises `BadInput`."
+    "Raise `BadInput` for launch sizes that a GPU would drop without an error."
     if (max(len(grid), len(threads)) > 3 or min(*grid, *threads) < 1
             or prod(threads) > kernel.max_threads):
         raise BadInput(f'kernel {kernel.name}: grid {grid}, threads {threads}: give one to three '
                        f'numbers each, 1 or more; {kernel.max_threads} threads at most')
 
-# %% ../../nbs/05_metal.ipynb #35a72b12
+# %% ../../nbs/05_metal.ipynb #38c3f67b
 def check_tensors(
-    kernel: Signature, # what it takes
-    tensors: tuple[Tensor, ...], # what it gets
+    kernel: Signature, # its buffers
+    tensors: tuple[Tensor, ...], # in the order of its buffers
     constants: dict, # may name types
 ) -> str: # the device of all of them, without its number
-    "Refuse what the kernel cannot take, by name; raises `BadInput`."
+    "Raise `BadInput`, with the buffer's name, for tensors that the kernel cannot take."
     slots, first = list(kernel.slots.values()), tensors[0] if tensors else None
-    def refuse(why): raise BadInput(f'kernel {kernel.name}' + why)
+
+    def refuse(why):
+        raise BadInput(f'kernel {kernel.name}' + why)
     if len(tensors) != len(slots):
         refuse(f' takes {len(slots)} tensors ({", ".join(p.name for p in slots)}), '
                f'not {len(tensors)}')
     for p, t in zip(slots, tensors):
-        if (want := element_type(p, constants)) is None:
+        want = parse_element_type(p, constants)
+        if want is None:
             refuse(f": '{p.name}' points to {p.scalar}, which is no tensor's type; "
                    f"name one, as {p.scalar}='float'")
         if t.dtype != want:
@@ -144,17 +149,18 @@ def check_tensors(
                    'pass Tensor.empty(...) or a realized tensor')
     return str(first.device).split(':')[0]
 
-# %% ../../nbs/05_metal.ipynb #4aeb6c0c
-_one_at_a_time = Lock()   # the error stream belongs to the process
+# %% ../../nbs/05_metal.ipynb #e499dde3
+_stderr_lock = Lock()   # the error stream belongs to the process
 
 @contextmanager
 def _compiler_messages() -> Iterator[list[str]]:
-    "Collect what a child process writes to the standard error stream meanwhile."
+    "Collect what child processes write to the standard error stream inside the block."
     messages = []
-    with _one_at_a_time, tempfile.TemporaryFile('w+') as log:
+    with _stderr_lock, tempfile.TemporaryFile('w+') as log:
         saved = os.dup(2)
         os.dup2(log.fileno(), 2)
-        try: yield messages
+        try:
+            yield messages
         finally:
             os.dup2(saved, 2)
             os.close(saved)
@@ -167,15 +173,18 @@ def check_compiles(
     source: str, # in the device's language
     device: str, # tinygrad's name
 ) -> None:
-    "Compile at once, into tinygrad's cache; raises `BadInput` with the compiler's words."
+    "Compile a kernel now, into tinygrad's cache; raises `BadInput` with the compiler's message."
     messages = []
     try:
-        with _compiler_messages() as messages: Device[device].compiler.compile_cached(source)
+        with _compiler_messages() as messages:
+            Device[device].compiler.compile_cached(source)
     except (CompileError, CalledProcessError) as error:
-        said = ''.join(messages).strip() if isinstance(error, CalledProcessError) else str(error)
-        raise BadInput(f'kernel {name} does not compile for {device}:\n{said}') from None
+        message = str(error)
+        if isinstance(error, CalledProcessError):
+            message = ''.join(messages).strip()
+        raise BadInput(f'kernel {name} does not compile for {device}:\n{message}') from None
 
-# %% ../../nbs/05_metal.ipynb #0981bfca
+# %% ../../nbs/05_metal.ipynb #1b076f5a
 _INDEX = '(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z))'
 _CUDA_BUILTINS = {
     'thread_position_in_grid': 'blockIdx.{i} * blockDim.{i} + threadIdx.{i}',
@@ -188,15 +197,15 @@ _CUDA_BUILTINS = {
     'simdgroups_per_threadgroup': '(blockDim.x * blockDim.y * blockDim.z + 31) / 32',
     'threads_per_simdgroup': '32'}
 
-def cuda_argument(
+def format_cuda_argument(
     p: Parameter, # of a Metal kernel
 ) -> str: # a CUDA expression
-    "What the entry point passes: a buffer, or where the thread stands."
+    "Format what the entry point passes: a buffer, or an index of the thread."
     if not p.builtin: return p.name
     axes = 'xyz'[:int(p.type[-1]) if p.type[-1].isdigit() else 1]
     return f'{p.type}(' + ', '.join(_CUDA_BUILTINS[p.builtin].format(i=i) for i in axes) + ')'
 
-# %% ../../nbs/05_metal.ipynb #6916f637
+# %% ../../nbs/05_metal.ipynb #ecb51b7f
 FOLLOW = r"""
 // a kernel may start while the one before it ends; here it waits for what that one writes
 static __device__ __forceinline__ void follow() {
@@ -205,77 +214,82 @@ static __device__ __forceinline__ void follow() {
 #endif
 }
 """
-CUDA_PRELUDE = (files('tinyvllm.kernels') / 'msl_cuda.h').read_text() + FOLLOW
+_HEADERS = files('tinyvllm.kernels')
+CUDA_PRELUDE = (_HEADERS / 'msl_cuda.h').read_text() + FOLLOW   # of a translated text
+PTX = (_HEADERS / 'ptx.h').read_text() + FOLLOW                 # of a text written in CUDA
 
-def cuda_source(
+def translate_to_cuda(
     source: str, # Metal
     kernel: Signature, # its name and parameters
     threads: int, # in a threadgroup
 ) -> str: # CUDA C++, to stand behind `msl_cuda.h`
-    "The same kernel for CUDA: a threadgroup is a block, a simdgroup a warp."
-    def spaceless(text): return re.sub(r'\b(device|constant|threadgroup|thread)\b(?!_)', '', text)
+    "Translate a kernel: a threadgroup becomes a block, a simdgroup a warp."
+    def spaceless(text):
+        return re.sub(r'\b(device|constant|threadgroup|thread)\b(?!_)', '', text)
     buffers = ', '.join(f'{spaceless(p.type)} {p.name}' for p in kernel.slots.values())
-    arguments = ', '.join(map(cuda_argument, kernel.parameters))
+    arguments = ', '.join(map(format_cuda_argument, kernel.parameters))
     start = '' if 'follow();' in source else 'follow(); '
     bounds = f'__launch_bounds__({threads}, RESIDENT)'    # the second: blocks to a processor
     return (f'namespace metal {{\n#line 1 "{kernel.name}"\n{spaceless(rewritten(source))}\n}}\n'
             f'extern "C" __global__ void {bounds} {kernel.name}({buffers}) '
             f'{{ {start}metal::{kernel.name}({arguments}); }}\n')
 
-# %% ../../nbs/05_metal.ipynb #42cbf2e5
+# %% ../../nbs/05_metal.ipynb #0bcc4cda
 DEVICES = 'CPU', 'METAL', 'CUDA'    # for which kernels are written
 
+# %% ../../nbs/05_metal.ipynb #71923e1b
 @dataclass(frozen=True)
-class KernelText:
-    "A kernel as its author writes it: once in Metal, and once in C for the CPU."
+class Kernel:
+    """A kernel to call on tensors; as everything in tinygrad it runs when its result is read.
+
+    A tensor that is part of a larger buffer must begin at a multiple of 16 bytes: kernels load
+    vectors. Outputs are realized together: a kernel runs once for each `realize` of an output."""
     metal: str = ''    # for METAL; CUDA gets it translated
-    c: str = ''        # for the CPU: the same words, one thread
+    c: str = ''        # for the CPU: the same name and buffers, one thread
     cuda: str = ''     # for CUDA, where the translation is not good enough
 
     @cached_property
     def signature(self) -> Signature:
         "Name and parameters, the same in every language; raises `BadInput`."
-        return signature_of(self.metal, self.c)
+        return parse_signature(self.metal, self.c)
 
     @cache
     def translation(self, threads: int) -> str:
-        "The Metal text for CUDA."
-        return cuda_source(self.metal, self.signature, threads)
+        "Translate the Metal text to CUDA, for threadgroups of so many threads."
+        return translate_to_cuda(self.metal, self.signature, threads)
 
-    def source(self, device: str, threads: int, constants: dict) -> str:
-        "What the device's compiler gets; raises `BadInput` where there is no text for it."
-        name, head = self.signature.name, defines(constants)
-        texts = {'METAL': self.metal, 'CUDA': self.cuda or self.metal, 'CPU': self.c}
-        if not (text := texts.get(device)):
+    def source(self,
+        device: str, # CPU, METAL or CUDA
+        threads: int, # in a threadgroup
+        constants: dict[str, int | float | str], # `#define`s
+    ) -> str: # with its prelude
+        "Return the text for a device's compiler; raises `BadInput` where there is none."
+        name, head = self.signature.name, format_defines(constants)
+        text = dict(METAL=self.metal, CUDA=self.cuda or self.metal, CPU=self.c).get(device)
+        if not text:
             raise BadInput(f'kernel {name} has no source for {device}')
         if device == 'CUDA' and not self.cuda:
-            head = defines(dict(RESIDENT=0) | constants)
+            head = format_defines(dict(RESIDENT=0) | constants)
             return CUDA_PRELUDE + head + self.translation(threads)
-        prelude = {'METAL': METAL_PRELUDE, 'CPU': C_PRELUDE}.get(device, '')
+        prelude = dict(METAL=METAL_PRELUDE, CPU=C_PRELUDE).get(device, '')
         return f'{prelude}{head}#line 1 "{name}"\n{text}'
 
-# %% ../../nbs/05_metal.ipynb #0138e73a
-class Kernel(KernelText):
-    """A kernel to call on tensors; it runs when its result is read, as everything in tinygrad.
-
-    A tensor that is part of a larger buffer must begin at a multiple of 16 bytes: kernels load
-    vectors. Outputs are realized together: a kernel runs once for each `realize` that asks for it.
-    RESIDENT=4 asks CUDA for 4 threadgroups to a processor; 0 leaves it the choice."""
     def __call__(self,
-        *tensors: Tensor, # buffers in the signature's order, those it writes first
+        *tensors: Tensor, # buffers in the signature's order
         grid: tuple[int, ...] = (1,), # threadgroups of a GPU
         threads: tuple[int, ...] = (1,), # in a threadgroup
         ops: int = 0, # arithmetic operations, for tinygrad's counters
         nbytes: int | None = None, # bytes read and written; None: all of every buffer
-        **constants: int | float | str, # `#define`s
+        **constants: int | float | str, # `#define`s; RESIDENT=4: 4 threadgroups to a CUDA processor
     ) -> Tensor | tuple[Tensor, ...]: # those it writes, readable after it
         "Put the kernel into the lazy graph. Raises `BadInput` before anything runs."
         kernel = self.signature
         check_sizes(kernel, grid, threads)
         device = check_tensors(kernel, tensors, constants)
-        if device == 'CPU': grid = threads = (1,)    # its text does all the work in one call
+        if device == 'CPU':
+            grid = threads = (1,)    # its text does all the work in one call
         source = self.source(device, prod(threads), constants)
         check_compiles(kernel.name, source, device)
         size = sum(t.nbytes() for t in tensors) if nbytes is None else nbytes
-        outs = launched(kernel, source, tensors, grid, threads, Estimates(ops, size, size))
+        outs = call_kernel(kernel, source, tensors, grid, threads, Estimates(ops, size, size))
         return outs[0] if len(outs) == 1 else outs
