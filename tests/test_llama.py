@@ -1,54 +1,50 @@
 "The model against Hugging Face transformers, and against itself."
+import json
 from dataclasses import replace
+from pathlib import Path
+from runpy import run_path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from support.families import FAMILIES, IDS, weight
 from tinygrad import Tensor
 from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import (InputBatch, Llama, NoCache, apply_rope, check_weights, dense_attend,
                             load_model, model_config, rope_frequencies, rope_table)
 from tinyvllm.models.weights import open_checkpoint, save_safetensors, tensor_shapes, tiny_checkpoint
 
-TINY = dict(vocab_size=160, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256)
-LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-          'original_max_position_embeddings': 32, 'rope_theta': 10000.0}
-FAMILIES = {
-    'llama': ('LlamaConfig', {}),
-    'llama, tied': ('LlamaConfig', {'tie_word_embeddings': True}),
-    'llama, biased': ('LlamaConfig', {'attention_bias': True, 'mlp_bias': True}),
-    'llama-3 scaling': ('LlamaConfig', {'rope_parameters': LLAMA3}),
-    'linear scaling': ('LlamaConfig', {'rope_parameters': {'rope_type': 'linear', 'factor': 4.0,
-                                                           'rope_theta': 10000.0}}),
-    'mistral': ('MistralConfig', {'head_dim': 16, 'sliding_window': None}),
-    'qwen2': ('Qwen2Config', {}),
-    'qwen3': ('Qwen3Config', {'head_dim': 16}),
-}
+GOLDEN = Path(__file__).parent / 'golden'
+MODELS = json.loads((GOLDEN / 'families.json').read_text())
 
 
-@pytest.fixture(scope='module', params=FAMILIES, ids=lambda f: f.replace(', ', '-').replace(' ', '-'))
-def family(request, tmp_path_factory):
-    "A tiny model that transformers made, saved and ran: folder, ids, logits."
-    torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
-    name, overrides = FAMILIES[request.param]
-    config = getattr(transformers, name)(**TINY, **overrides)
-    torch.manual_seed(7)
-    hf = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():   # biases and norms start as zeros and ones, which would hide mistakes
-        for p in hf.parameters(): p.add_(torch.randn_like(p) * 0.05)
-    folder = tmp_path_factory.mktemp('hf')
-    hf.save_pretrained(folder)
-    ids = torch.randint(0, TINY['vocab_size'], (1, 50))
-    with torch.no_grad(): logits = hf(ids).logits[0].numpy()
-    return folder, ids[0].tolist(), logits
-
-
-def test_logits_equal_transformers(family):
-    folder, ids, want = family
+def logits_of(folder):
+    "The model's logits of IDS, in float32."
     model = load_model(folder, dtype='float32')
-    got = model(InputBatch.of(ids, rows=list(range(len(ids)))), NoCache(), dense_attend).numpy()
+    return model(InputBatch.of(IDS, rows=list(range(len(IDS)))), NoCache(), dense_attend).numpy()
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_logits_equal_transformers(name, tmp_path):
+    "As golden/make_families.py wrote them down."
+    state = {tensor: Tensor(weight(tensor, shape)) for tensor, shape in MODELS[name]['shapes'].items()}
+    save_safetensors(tmp_path / name, MODELS[name]['config'], state)
+    got, want = logits_of(tmp_path / name), np.load(GOLDEN / 'families.npz')[name]
     assert np.abs(got - want).max() < 1e-4
     assert (got.argmax(-1) == want.argmax(-1)).all()
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_logits_equal_transformers_run_here(name, tmp_path):
+    "With the files that transformers itself saves; and what was written down is still its answer."
+    pytest.importorskip('torch')
+    pytest.importorskip('transformers')
+    config, shapes, want = run_path(str(GOLDEN / 'make_families.py'))['run_family'](name, tmp_path)
+    got = logits_of(tmp_path)
+    assert np.abs(got - want).max() < 1e-4
+    assert (got.argmax(-1) == want.argmax(-1)).all()
+    assert {**config, 'transformers_version': ''} == {**MODELS[name]['config'], 'transformers_version': ''}
+    assert shapes == MODELS[name]['shapes'] and np.abs(np.load(GOLDEN / 'families.npz')[name] - want).max() < 1e-5
 
 
 def tiny(seed=0, **overrides):
