@@ -18,8 +18,11 @@ pytest.importorskip('uvicorn')
 
 import tinyvllm  # noqa: E402
 from tinyvllm import LLM, BadInput  # noqa: E402
-from tinyvllm.server.app import OPEN, Keys, Limits, Service, ServerArgs, make_app, router, serving  # noqa: E402
-from tinyvllm.models.tokenizer import render_chat  # noqa: E402
+from tinyvllm.server.app import AppState, ServerArgs, make_app  # noqa: E402
+from tinyvllm.server.middleware import OPEN_PATHS, ApiKeys  # noqa: E402
+from tinyvllm.server.parameters import Limits  # noqa: E402
+from tinyvllm.server.run import serve_in_background  # noqa: E402
+from tinyvllm.models.chat_template import render_chat
 
 PATIENCE = 60
 CHAT, COMPLETE = '/v1/chat/completions', '/v1/completions'
@@ -32,7 +35,7 @@ def engine(folder): return LLM(folder, num_blocks=64).engine
 
 @pytest.fixture(scope='module')
 def server(engine):
-    with serving(engine, body_timeout=2) as server: yield server
+    with serve_in_background(engine, body_timeout=2) as server: yield server
 
 
 def port(server): return int(server.url.rsplit(':', 1)[1])
@@ -268,10 +271,10 @@ def test_hostile_patterns_stall_nobody(llguidance, server, engine, regex):
 
 def test_all_paths_but_two_are_closed(engine):
     args = ServerArgs(port=0, api_keys=('key-of-mine', 'another'))
-    with serving(engine, api_keys=args.api_keys) as server:
-        paths = {route.path for route in router.routes} | {r.path for r in make_app(Service(args)).routes if hasattr(r, 'path')} | {'/nowhere', '/docs', '/invocations', '//health', '/HEALTH'}
+    with serve_in_background(engine, api_keys=args.api_keys) as server:
+        paths = {route.path for route in make_app(AppState(args)).routes if hasattr(route, 'path')} | {'/nowhere', '/docs', '/invocations', '//health', '/HEALTH'}
         assert {COMPLETE, CHAT, '/metrics', '/stats', '/openapi.json', '/generate', '/v1/models'} <= paths
-        for path in paths - OPEN:
+        for path in paths - OPEN_PATHS:
             for method in ('GET', 'POST', 'PUT', 'DELETE', 'HEAD', 'OPTIONS', 'PATCH'):
                 for header in ({}, dict(Authorization='Bearer wrong'), dict(Authorization='key-of-mine'),
                                dict(Authorization='Bearer key-of-mineX'), dict(Authorization='Basic key-of-mine')):
@@ -279,14 +282,14 @@ def test_all_paths_but_two_are_closed(engine):
                     assert status == 401 and headers['WWW-Authenticate'] == 'Bearer'
                     if method != 'HEAD': assert reply['error']['code'] == 'invalid_api_key'
         assert ask(server, '/v1/models', Authorization='Bearer another')[0] == 200 and healthy(server)
-    with serving(engine, api_keys=args.api_keys, public_metrics=True) as server:
+    with serve_in_background(engine, api_keys=args.api_keys, public_metrics=True) as server:
         assert ask(server, '/metrics')[0] == 200 and ask(server, '/v1/models')[0] == 401
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch):
     compared = []
-    monkeypatch.setattr('tinyvllm.server.app.compare_digest', lambda a, b: compared.append((a, b)) or a == b)
-    assert Keys(['a', 'b', 'c']).known('Bearer a') and len(compared) == 3    # all of them, found or not
+    monkeypatch.setattr('tinyvllm.server.middleware.compare_digest', lambda a, b: compared.append((a, b)) or a == b)
+    assert ApiKeys(['a', 'b', 'c']).is_valid('Bearer a') and len(compared) == 3    # all of them, found or not
     assert all(len(a) == len(b) == 32 for a, b in compared)                  # digests, not keys
 
 
@@ -339,4 +342,4 @@ def test_limits_are_the_documented_ones():
 
 
 def test_nothing_is_left_behind(server, engine):
-    assert free(engine) and (server.service.queue.open, server.service.queue.waiting) == (0, 0) and healthy(server)
+    assert free(engine) and (server.state.queue.num_open, server.state.queue.num_waiting) == (0, 0) and healthy(server)

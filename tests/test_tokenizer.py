@@ -13,8 +13,11 @@ from tokenizers import AddedToken, Tokenizer as FastTokenizer, decoders, models,
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tinyvllm.errors import BadInput
-from tinyvllm.models.tokenizer import (BYTE, CONTROL, CUTS, TOKEN, UNKNOWN, USER, byte_alphabet, load_tokenizer,
-                                render_chat, word_cutter)
+from tinyvllm.models.tokenizer import byte_alphabet
+from tinyvllm.models.tokenizer_files import word_cutter
+from tinyvllm.models.chat_template import render_chat
+from tinyvllm.models.tokenizer_files import (BYTE, CONTROL, WORD_PATTERNS, TOKEN, UNKNOWN, USER,
+    load_tokenizer)
 from tinyvllm.models.weights import open_checkpoint, resolve
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden/smollm2.json').read_text(encoding='utf-8'))['items']
@@ -333,7 +336,7 @@ def gguf_bpe(cut, **kw):
             'tokenizer.ggml.bos_token_id': 260} | {f'tokenizer.ggml.{k}': v for k, v in kw.items()}
 
 
-@pytest.mark.parametrize('pre', CUTS)
+@pytest.mark.parametrize('pre', WORD_PATTERNS)
 def test_word_patterns_cover_all_text(pre):
     tok = load_tokenizer(gguf_bpe(pre))
     for text in TEXTS:

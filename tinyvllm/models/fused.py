@@ -9,29 +9,30 @@ from ..errors import BadInput
 from .llama import Layer, Linear, Llama, RMSNorm, apply_rope, rope_table
 from ..kernels.metal import Kernel
 from ..kv_cache.paged import PagedBatch, PagedKVCache
-from tinyvllm.quant.pack import (Packed, PackedLlama, concat, dense, embed, linear, packed_state,
-    swiglu)
+from ..quant.pack import (Packed, PackedLlama, concat_rows, embed, linear, pack_dense,
+                                 swiglu)
+from ..quant.load import packed_state
 from ..kernels.simd import check_shapes, element
 from .weights import free_cache
 from tinygrad import Tensor
 
 # %% auto #0
-__all__ = ['METAL_ROPE', 'C_ROPE', 'ROPE_WRITE', 'stacked', 'turned', 'joined', 'rope_write', 'FusedKVCache', 'FusedLayer',
-           'FusedLlama', 'state_of', 'fused', 'recast']
+__all__ = ['METAL_ROPE', 'C_ROPE', 'ROPE_WRITE', 'concat_weights', 'rope_qkv', 'fused_linear', 'rope_write', 'FusedKVCache',
+           'FusedLayer', 'FusedLlama', 'state_of', 'fused', 'recast']
 
 # %% ../../nbs/10c_fusion.ipynb #ad95fffb
-def stacked(
+def concat_weights(
     linears: list[Linear], # with packed weights; they multiply the same input
 ) -> list[tuple[Packed, Tensor | None]]: # one matrix with its bias; all where formats differ
     "Matrices below each other, so that one kernel reads the input once."
     biases = [f.bias for f in linears]
     known = [b for b in biases if b is not None]
-    one = concat([f.weight for f in linears]) if len(known) in (0, len(biases)) else None
+    one = concat_rows([f.weight for f in linears]) if len(known) in (0, len(biases)) else None
     if one is None: return [(f.weight, f.bias) for f in linears]
     return [(one, known[0].cat(*known[1:]).contiguous().realize() if known else None)]
 
 # %% ../../nbs/10c_fusion.ipynb #3ccefd30
-def turned(
+def rope_qkv(
     qkv: Tensor, # (T, (H + 2K) D)
     kv_heads: int, # K
     head_dim: int, # D
@@ -45,8 +46,8 @@ def turned(
     return *(apply_rope(y, table).cast(qkv.dtype) for y in (q, k)), v
 
 # %% ../../nbs/10c_fusion.ipynb #391c6d1f
-def joined(
-    matrices: list[tuple[Packed, Tensor | None]], # from `stacked`
+def fused_linear(
+    matrices: list[tuple[Packed, Tensor | None]], # from `concat_weights`
     x: Tensor, # (T, E) not yet normalised
     norm: RMSNorm, # folded into the products
 ) -> Tensor: # (T, all rows)
@@ -163,7 +164,7 @@ class FusedKVCache(PagedKVCache):
         try: q, *pools = rope_write(qkv, self.k[layer], self.v[layer], table, batch.slots, norms)
         except BadInput as refused:
             warnings.warn(f'{refused}: portable kernels turn and write')
-            q, *new = turned(qkv, K, D, table, norms)
+            q, *new = rope_qkv(qkv, K, D, table, norms)
             return q, *self.write(layer, *new, batch)
         return q, *(pool.reshape(self.num_blocks, self.block_size, K, D) for pool in pools)
 
@@ -173,14 +174,14 @@ class FusedLayer:
     def __init__(self, layer: Layer):
         attention, mlp = layer.attention, layer.mlp
         self.index, self.norm1, self.norm2 = attention.layer, layer.norm1, layer.norm2
-        self.qkv = stacked([attention.q, attention.k, attention.v])
-        self.gate_up, self.o, self.down = stacked([mlp.gate, mlp.up]), attention.o, mlp.down
+        self.qkv = concat_weights([attention.q, attention.k, attention.v])
+        self.gate_up, self.o, self.down = concat_weights([mlp.gate, mlp.up]), attention.o, mlp.down
         self.sizes = attention.k.weight.shape[0] // attention.head_dim, attention.head_dim
         norms = attention.q_norm, attention.k_norm
         self.norms = norms if isinstance(norms[0], RMSNorm) else None
 
     def __call__(self, x: Tensor, table, batch: PagedBatch, cache, attend) -> Tensor:  # (T, E)
-        q, k, v = self.heads(joined(self.qkv, x, self.norm1), table, batch, cache)
+        q, k, v = self.heads(fused_linear(self.qkv, x, self.norm1), table, batch, cache)
         mixed = attend(q, k, v, batch).reshape(len(x), -1)
         x = linear(mixed, self.o.weight, bias=self.o.bias, add=x)
         return linear(self.feed(x), self.down.weight, bias=self.down.bias, add=x)
@@ -189,14 +190,14 @@ class FusedLayer:
         "Queries, and all keys and values: in one kernel, if the cache knows how."
         if isinstance(cache, FusedKVCache):
             return cache.rotate(self.index, qkv, table, batch, self.norms)
-        q, *new = turned(qkv, *self.sizes, table, self.norms)
+        q, *new = rope_qkv(qkv, *self.sizes, table, self.norms)
         return q, *cache.write(self.index, *new, batch)
 
     def feed(self, x: Tensor) -> Tensor:  # (T, F)
         "Gate and up projection, and their product."
         (w, bias), *more = self.gate_up
         if not more and bias is None: return swiglu(x, w, self.norm2.weight, self.norm2.eps)
-        gate, up = joined(self.gate_up, x, self.norm2).chunk(2, dim=1)
+        gate, up = fused_linear(self.gate_up, x, self.norm2).chunk(2, dim=1)
         return gate.silu() * up
 
 # %% ../../nbs/10c_fusion.ipynb #13e7ba7d
@@ -210,7 +211,7 @@ class FusedLlama(Llama):
         self.freqs, self.layers = model.freqs.contiguous().realize(), []
         while model.layers:
             self.layers.append(FusedLayer(model.layers.pop(0)))
-            free_cache(self.embedding.device)    # the matrices that are joined now
+            free_cache(self.embedding.device)    # the matrices that are fused_linear now
 
     def __call__(self,
         batch: PagedBatch, # what to compute
@@ -220,7 +221,7 @@ class FusedLlama(Llama):
         "One forward pass."
         x, table = self.embedding[batch.tokens], rope_table(self.freqs, batch.positions)
         for layer in self.layers: x = layer(x, table, batch, cache, attend)
-        x = embed(dense(x), batch.rows, x.dtype)    # the rows that speak, in one kernel
+        x = embed(pack_dense(x), batch.rows, x.dtype)    # the rows that speak, in one kernel
         return linear(x, self.head.weight, self.norm.weight, self.norm.eps).float()
 
 # %% ../../nbs/10c_fusion.ipynb #7397f3df
@@ -262,4 +263,4 @@ def recast(
 ) -> Packed | Tensor:
     "Change the type of what is stored as plain numbers."
     if isinstance(w, Tensor) or w.format.bits < 16 or w.parts[0].dtype == dtype: return w
-    return dense(w.parts[0].cast(dtype).contiguous().realize())
+    return pack_dense(w.parts[0].cast(dtype).contiguous().realize())
