@@ -61,7 +61,7 @@ class Detokenizer:
             self.add(id)
 
     def add(self, id: int) -> str:
-        "Take one more id; returns the text that is final now: possibly none, never half a character."
+        "Take one more id; returns the text that is final now: maybe none, never half a character."
         data = self.tokenizer.piece(id, self.skip_special_tokens)
         if self.at_start and data:
             data, self.at_start = data.removeprefix(b' '), False
@@ -71,15 +71,16 @@ class Detokenizer:
         "Return what is left at the end: U+FFFD for a character that never arrived in full."
         return self.utf8.decode(b'', final=True)
 
-# %% ../../nbs/00a_tokenizer.ipynb #c54967cf
+# %% ../../nbs/00a_tokenizer.ipynb #47341eb6
 @dataclass
 class FastEncoder:
     "Encodes with the `tokenizers` library."
     engine: FastTokenizer
 
     @cached_property
-    def literal(self) -> FastTokenizer: # a second engine: a shared switch would not be thread-safe
+    def literal(self) -> FastTokenizer:
         "The same vocabulary, reading special tokens as plain characters."
+        # a second engine: a shared switch would not be thread-safe
         engine = FastTokenizer.from_str(self.engine.to_str())
         engine.encode_special_tokens = True
         return engine
