@@ -19,7 +19,8 @@ from tinygrad import Device, Tensor, TinyJit, dtypes  # noqa: E402
 from tinyvllm.cli.doctor import run_case  # noqa: E402
 from tinyvllm.kernels.cases import PREFILL_STARTS, REAL  # noqa: E402
 from tinyvllm.errors import BadInput  # noqa: E402
-from tinyvllm.kernels.flash import FLASH_MATRIX, FLASH_TILED, TILES, flash  # noqa: E402
+from tinyvllm.kernels.flash import FLASH_TILED, TILES, flash  # noqa: E402
+from tinyvllm.kernels.flash_cuda import FLASH_CUDA  # noqa: E402
 from tinyvllm.measure import machine_name, timed  # noqa: E402
 
 OUT = RESULTS / 'kernels.jsonl'
@@ -44,12 +45,12 @@ def name(variant: dict) -> str:
 
 
 def check(rung, variant: dict, dtype: str, cases: tuple[int, ...]) -> str:
-    "Largest error over random cases against float64, inside fences; or what went wrong."
+    "Largest error over random cases against float64, between guard regions; or what went wrong."
     try:
         errors = []
         for i in cases:
             case = PREFILL_STARTS.make_case(np.random.default_rng([0, i]), i, dtype, REAL)
-            if rung is FLASH_MATRIX and not fits(case.inputs['q'].shape[2], **variant): continue
+            if rung is FLASH_CUDA and not fits(case.inputs['q'].shape[2], **variant): continue
             errors.append(run_case(lambda *t: flash(*t, rung=rung, **variant), case, Device.DEFAULT))
         most = max(errors, default=0)
         return f'{most:.1e}' + ('' if most <= (2e-3 if dtype == 'float16' else 1e-5) else ' WRONG')
@@ -110,7 +111,7 @@ def torch_microseconds(T: int, D: int, past: int, heads: tuple[int, int], launch
 def sweep(quick: bool) -> list[dict]:    # rows, those of the matrix units
     "Checks, then a table per shape, fastest first."
     rows = []
-    for rung, variants in ((FLASH_TILED, TILED), (FLASH_MATRIX, MATRIX)):
+    for rung, variants in ((FLASH_TILED, TILED), (FLASH_CUDA, MATRIX)):
         for variant in variants:
             for dtype in ('float16', 'float32') if rung is FLASH_TILED else ('float16',):
                 if dtype == 'float32' and variant['ROWS'] > 4: continue
@@ -126,9 +127,9 @@ def sweep(quick: bool) -> list[dict]:    # rows, those of the matrix units
         theirs = torch_microseconds(T, D, past, (H, K), launches)
         if theirs: print(f'\n{T} tokens after {past}, D {D}: torch {theirs:.0f} us, {flops / theirs / 1e6:.0f} TFLOP/s')
         found = []
-        for rung, variants in ((FLASH_TILED, TILED if T <= 2048 else []), (FLASH_MATRIX, MATRIX)):
+        for rung, variants in ((FLASH_TILED, TILED if T <= 2048 else []), (FLASH_CUDA, MATRIX)):
             for variant, heads in product(variants, (4, 1)):
-                if rung is FLASH_MATRIX and not fits(D, **variant) or heads == 1 and variant is not variants[0]: continue
+                if rung is FLASH_CUDA and not fits(D, **variant) or heads == 1 and variant is not variants[0]: continue
                 variant = variant | dict(HEADS=heads)
                 try: found.append((microseconds(rung, variant, arguments, launches), rung, variant))
                 except (BadInput, RuntimeError) as error: print(name(variant), str(error).strip().splitlines()[-1][:90])

@@ -29,13 +29,14 @@ from tinygrad import Device, Tensor, TinyJit
 from tinygrad.engine.realize import graph_cache
 from tinygrad.helpers import Context
 from tinyvllm.kernels import flash
+from tinyvllm.kernels.flash_cuda import FLASH_CUDA
 from tinyvllm.kernels import simd
 from tinyvllm.kernels import softmax
 from tinyvllm.cli.doctor import is_simulated
 from tinyvllm.kernels.cases import make_large_tensor
 from tinyvllm.measure import counting, machine_name
 from tinyvllm.kv_cache.paged import PagedBatch, paged_attend
-from tinyvllm.engine.args import free_memory
+from tinyvllm.engine.args import read_free_memory
 
 try:
     import torch
@@ -324,7 +325,7 @@ def prompts(sizes: Sizes, T: int, H: int, K: int, D: int) -> dict[str, Callable]
         chain = Chain(lambda i, q: q.scaled_dot_product_attention(ks, vs, is_causal=True, enable_gqa=True), q, 4)
         chain.answer = None    # to other keys
         return chain
-    contestants = {'matrix': ours(flash.FLASH_MATRIX), 'tiled': ours(flash.FLASH_TILED), 'pytorch': theirs,
+    contestants = {'matrix': ours(FLASH_CUDA if Device.DEFAULT.startswith('CUDA') else flash.FLASH_MATRIX), 'tiled': ours(flash.FLASH_TILED), 'pytorch': theirs,
                    'pytorch own choice': fastest}
     if T <= sizes.portable:
         contestants |= {'tinygrad': portable(k, v, tables, owners, positions, first, 2), 'tinygrad sdpa': generated}
@@ -372,7 +373,7 @@ def rows_of(shape: Shape, found: dict[str, tuple[float, float | None]], copy: fl
 
 def measure(sizes: Sizes, only: list[str], deadline: float):
     "Rows, shape by shape; what does not fit into time or memory is named."
-    copy, room = 0.0, 0.8 * free_memory(Device.DEFAULT)
+    copy, room = 0.0, 0.8 * read_free_memory(Device.DEFAULT)
     for shape in shapes(sizes):
         if shape.kernel not in ('copy', *only): continue
         late, large = time.monotonic() > deadline, 2 * shape.nbytes > room

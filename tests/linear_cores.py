@@ -7,7 +7,7 @@ import re
 from types import SimpleNamespace
 
 import numpy as np
-from tensor_cores import PLAYED
+from support.tensor_cores import SIMULATED_PTX as PLAYED
 from tinygrad import Tensor
 
 from tinyvllm.kernels.linear_gpu import ATTRIBUTES, TENSOR, kernel_of

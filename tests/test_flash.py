@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, dtypes
-from tensor_cores import played
+from support.tensor_cores import simulate
 
 from tinyvllm.kernels import flash as module
 from tinyvllm.kernels.cpu import cpu_attend
 from tinyvllm.cli.doctor import run_case
 from tinyvllm.kernels.cases import Case, reference_attention
 from tinyvllm.errors import BadInput
-from tinyvllm.kernels.flash import (FLASH_MATRIX, FLASH_TILED, MATRIX_CUDA, flash, flash_attend,
-    tile_of)
+from tinyvllm.kernels.flash import FLASH_MATRIX, FLASH_TILED, choose_tile, flash, flash_attend
+from tinyvllm.kernels.flash_cuda import FLASH_CUDA, FLASH_CUDA_TEXT
+from tinyvllm.engine import defaults
 from tinyvllm.engine.defaults import best_attend, best_cache
 from tinyvllm.models.llama import Llama, model_config, rope_table
-from tinyvllm.kernels.metal import Kernel, check_compiles
+from tinyvllm.kernels.metal import PTX, Kernel, check_compiles
 from tinyvllm.metalsim import counting, lint
 from tinyvllm.metalsim.source import strip_comments
 from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend
@@ -28,7 +29,7 @@ TOLERANCE = {'float16': 2e-3, 'float32': 1e-5}
 
 
 def step(rng, new, past, H=4, K=2, D=16, S=8, padding=0, dtype='float16', scale=1.0) -> Case:
-    "New tokens at the end of their pasts, in shuffled blocks; slots that nobody owns hold NaN."
+    "New tokens at the end of their pasts, in shuffled blocks; slots without a token hold NaN."
     lengths = np.add(new, past)
     free = list(1 + rng.permutation(sum(-(-lengths // S)) + 2))
     tables = np.zeros((len(new), max(-(-lengths // S)) + 1), np.int32)
@@ -46,7 +47,7 @@ def step(rng, new, past, H=4, K=2, D=16, S=8, padding=0, dtype='float16', scale=
 
 
 def error(case, device='METAL', **how):
-    "Relative, with fences around every buffer; raises what the simulator finds."
+    "Relative, with guard regions around every buffer; raises what the simulator finds."
     return run_case(lambda *tensors: flash(*tensors, **how), case, device)
 
 
@@ -54,7 +55,7 @@ def tensors(case, device='METAL'):
     return [Tensor(x, device=device).realize() for x in case.inputs.values()]
 
 
-# --- the same answer
+# --- the same result
 
 @st.composite
 def steps(draw):
@@ -85,7 +86,7 @@ def test_matrix(drawn, tile):
     assert error(step(rng, new, past, **sizes), rung=FLASH_MATRIX, **tile) <= 2e-3
 
 
-PLAYED = played()
+SIMULATED = simulate()
 CUDA_TILES = [dict(SIMDS=1, ROWS=16, KEYS=16, STAGES=1), dict(SIMDS=2, ROWS=16, KEYS=64, STAGES=1),
               dict(SIMDS=2, ROWS=16, KEYS=32, STAGES=2), dict(SIMDS=1, ROWS=32, KEYS=32, STAGES=2)]
 
@@ -93,9 +94,9 @@ CUDA_TILES = [dict(SIMDS=1, ROWS=16, KEYS=16, STAGES=1), dict(SIMDS=2, ROWS=16, 
 @simulator
 @settings(max_examples=8, deadline=None)
 @given(steps(), st.sampled_from(CUDA_TILES))
-def test_tensor_cores_played(drawn, tile):
+def test_simulated_tensor_cores(drawn, tile):
     rng, new, past, sizes = drawn
-    assert error(step(rng, new, past, **sizes), rung=PLAYED, **tile) <= 2e-3
+    assert error(step(rng, new, past, **sizes), rung=SIMULATED, **tile) <= 2e-3
 
 
 @simulator
@@ -108,16 +109,16 @@ def test_a_tile_may_hold_some_heads_of_a_group(heads):
 @simulator
 def test_large_groups_are_cut():
     q = Tensor.empty(1, 96, 16, dtype='half', device='METAL')
-    assert tile_of(FLASH_TILED, q, 96) | dict(HEADS=32, TOKENS=1) == tile_of(FLASH_TILED, q, 96)
+    assert choose_tile(FLASH_TILED, q, 96) | dict(HEADS=32, TOKENS=1) == choose_tile(FLASH_TILED, q, 96)
     case = step(np.random.default_rng(0), (3,), (2,), H=48, K=1)
     assert error(case, rung=FLASH_TILED) <= 2e-3
 
 
 @simulator
-@pytest.mark.parametrize('rung', [FLASH_TILED, FLASH_MATRIX, PLAYED], ids=['tiled', 'matrix', 'played'])
+@pytest.mark.parametrize('rung', [FLASH_TILED, FLASH_MATRIX, SIMULATED], ids=['tiled', 'matrix', 'simulated'])
 def test_large_scores_do_not_overflow(rung):
     case = step(np.random.default_rng(0), (20, 1), (0, 33), scale=60.0)
-    assert error(case, rung=rung, **(CUDA_TILES[0] if rung is PLAYED else {})) <= 2e-3
+    assert error(case, rung=rung, **(CUDA_TILES[0] if rung is SIMULATED else {})) <= 2e-3
 
 
 # --- broken kernels: each is caught
@@ -143,22 +144,22 @@ MUTANTS = {
         'keys over values in use': (BARRIER, '', 0), 'keys used before they are there': (BARRIER, '', 1),
         'values over keys in use': (BARRIER, '', 2), 'values used before they are there': (BARRIER, '', 3),
         'a key behind the end is read': ('k0 + r <= last', 'k0 + r <= last + 1'),
-        'queries of nobody': ('i / D < rows ? q[ROW(i / D) + i % D] : T(0.0f)', 'q[ROW(i / D) + i % D]'),
+        'queries of other tiles': ('i / D < rows ? q[ROW(i / D) + i % D] : T(0.0f)', 'q[ROW(i / D) + i % D]'),
         'sum not rescaled': ('sum[r] * fix', 'sum[r]'), 'total not rescaled': ('total[r][c] *= fix', ';'),
         'rows of others written': ('mine + r < rows && ', ''),
         'one value too many': ('j < 32;', 'j < 33;'), 'columns beyond the head': ('&& lane + 32 * c < D', ''),
     },
     'matrix': {
         'tile used before it is there': (BARRIER, '', 0), 'next tile over this one': (BARRIER, '', 1),
-        'keys not turned': ('ulong2(0), true', 'ulong2(0), false'), 'a row in two lanes': ('simd_shuffle_xor(m, 8)', 'm'),
+        'keys not transposed': ('ulong2(0), true', 'ulong2(0), false'), 'a row in two lanes': ('simd_shuffle_xor(m, 8)', 'm'),
         'total not rescaled': ('thread_elements()[e] *= fix', 'thread_elements()[e] *= 1.0f'),
         'sum not rescaled': ('sum *= fix', ';'), 'a wrong stride': ('[i * 8], D + 8);', '[i * 8], D);'),
         'rows of others written': ('if (row < rows) o[', 'o['), 'another layout': ('lane % 2 * 2;', 'lane % 2;'),
-        'queries of nobody': ('row < rows ? q[ROW(row) + i * 8 + column + e] : half(0.0f)', 'q[ROW(row) + i * 8 + column + e]'),
+        'queries of other tiles': ('row < rows ? q[ROW(row) + i * 8 + column + e] : half(0.0f)', 'q[ROW(row) + i * 8 + column + e]'),
     },
-    'played': {
+    'simulated': {
         'keys used before they are there': ('fetched();', '', 0), 'values used before they are there': ('fetched();', '', 1),
-        'keys turned': ('load8x8(key', 'load8x8_turned(key'), 'values not turned': ('load8x8_turned(value', 'load8x8(value'),
+        'keys transposed': ('load8x8(key', 'load8x8_transposed(key'), 'values not transposed': ('load8x8_transposed(value', 'load8x8(value'),
         'another order of matrices': ('n + lane % 16][d + lane / 16 * 8]', 'n + lane / 16 * 8 + lane % 8][d + lane / 8 % 2 * 8]'),
         'a row in two lanes': ('x = fmaxf(x, across(x, 2));', ''), 'sum not rescaled': ('sum[r] *= fix', ';'),
         'no mask on the diagonal': ('if (k0 + KEYS - 1 > past)', 'if (k0 > past)'),
@@ -166,11 +167,11 @@ MUTANTS = {
                                              '[r % 2 * 2 + 1] / sum[r], total[r / 2][d][r % 2 * 2]'),
         'rows of others written': ('if (row < rows) *(uint*)(o', '*(uint*)(o'),
         'a key behind the end is read': ('at <= last;', 'at <= last + 1;'),
-        'queries of nobody': ('row < rows ? *(const uint*)(q + ROW(row) + d + column) : 0',
+        'queries of other tiles': ('row < rows ? *(const uint*)(q + ROW(row) + d + column) : 0',
                               '*(const uint*)(q + ROW(row) + d + column)'),
     }}
-TEXTS = {'tiled': TILED, 'matrix': MATRIX, 'played': MATRIX_CUDA}
-TILE = {'tiled': dict(SIMDS=2, ROWS=4), 'matrix': dict(SIMDS=2, KEYS=16), 'played': dict(SIMDS=2, ROWS=16, KEYS=16)}
+TEXTS = {'tiled': TILED, 'matrix': MATRIX, 'simulated': FLASH_CUDA_TEXT}
+TILE = {'tiled': dict(SIMDS=2, ROWS=4), 'matrix': dict(SIMDS=2, KEYS=16), 'simulated': dict(SIMDS=2, ROWS=16, KEYS=16)}
 CASES = [step(np.random.default_rng(1), (13, 1, 9), (7, 56, 0), H=4, K=2, padding=3),
          step(np.random.default_rng(2), (33,), (32,), H=2, K=2, D=48)]   # ends with the tokens, a key in the last tile
 
@@ -185,18 +186,18 @@ def replaced(text, old, new, which=None):
 
 def broken(rung):
     "Name -> text, for the bugs that this rung can have."
-    inside = TEXTS[rung].split('simd = me / 32;')[-1]     # the entry of the CUDA text is not played
+    inside = TEXTS[rung].removeprefix(PTX)     # simulated by other functions
     changes = {name: change for name, change in EVERYWHERE.items() if change[0] in inside} | MUTANTS[rung]
     return {name: replaced(TEXTS[rung], *change) for name, change in changes.items()}
 
 
 def trouble(rung, text, **tile):
     "What the simulator, the linter or the oracle says; empty if nothing."
-    kernel = played(text) if rung == 'played' else Kernel(text)
+    kernel = simulate(text) if rung == 'simulated' else Kernel(text)
     try:
         errors = (error(case, rung=kernel, **TILE[rung] | tile) for case in CASES)
         return next((f'error {e}' for e in errors if not e <= 2e-3), '')
-    except Exception as found:    # of the simulator, the compiler or the fences
+    except Exception as found:    # of the simulator, the compiler or the guard regions
         return str(found)
 
 
@@ -210,7 +211,7 @@ def test_ten_mutants_and_more_are_caught(rung):
 
 
 @simulator
-@pytest.mark.parametrize('rung', ['matrix', 'played'])
+@pytest.mark.parametrize('rung', ['matrix', 'simulated'])
 def test_double_buffering_needs_its_second_buffer(rung):
     assert trouble(rung, TEXTS[rung], STAGES=2) == ''
     assert trouble(rung, replaced(TEXTS[rung], 'KEYS, 1 - now', 'KEYS, now'), STAGES=2)
@@ -220,7 +221,7 @@ def test_double_buffering_needs_its_second_buffer(rung):
 @pytest.mark.parametrize('kernel', [FLASH_TILED, FLASH_MATRIX])
 def test_lint(kernel):
     q = Tensor.empty(1, 4, 64, dtype='half', device='METAL')
-    c = tile_of(kernel, q, 4) | dict(T='half', T4='half4', H=4, KV=1, D=64, S=16, SCALE=0.18)
+    c = choose_tile(kernel, q, 4) | dict(T='half', T4='half4', H=4, KV=1, D=64, S=16, SCALE=0.18)
     assert lint(kernel.source('METAL', 128, c)) == []
 
 
@@ -237,12 +238,12 @@ def nvrtc():
 @pytest.mark.parametrize('D', [64, 80, 96, 128])
 def test_cuda_compiles(D):
     compiler = nvrtc()
-    for kernel, kind, rows in ((FLASH_TILED, 'half', 8), (FLASH_TILED, 'float', 4), (FLASH_MATRIX, 'half', 16)):
+    for kernel, kind, rows in ((FLASH_TILED, 'half', 8), (FLASH_TILED, 'float', 4), (FLASH_CUDA, 'half', 16)):
         where = kernel.signature.name, 'CUDA'
         c = module.TILES[where] | dict(ROWS=rows) | module.TILES.get((*where, D), {})
         c |= dict(HEADS=4, TOKENS=16, T=kind, T4=f'{kind}4', H=8, KV=2, D=D, S=16, SCALE=0.125)
         ptx = compiler.compile(kernel.source('CUDA', 32 * c['SIMDS'], c)).decode()
-        if kernel is FLASH_MATRIX: assert 'mma.sync' in ptx and 'ldmatrix' in ptx and 'cp.async' in ptx
+        if kernel is FLASH_CUDA: assert 'mma.sync' in ptx and 'ldmatrix' in ptx and 'cp.async' in ptx
 
 
 @pytest.mark.parametrize('D', [64, 80, 96, 128])
@@ -306,7 +307,7 @@ def test_keys_are_read_once_per_tile_and_group():
     starts, positions = case.inputs['starts'].tolist(), case.inputs['positions'].tolist()
     for rung in (FLASH_TILED, FLASH_MATRIX):
         arguments = tensors(case)
-        tile = tile_of(rung, arguments[0], 4)['TOKENS']
+        tile = choose_tile(rung, arguments[0], 4)['TOKENS']
         lasts = [positions[min(t + tile, end) - 1] for first, end in zip(starts, starts[1:]) for t in range(first, end, tile)]
         with counting() as counts: flash(*arguments, rung=rung).realize()
         traffic = counts[-1].buffers
@@ -316,7 +317,7 @@ def test_keys_are_read_once_per_tile_and_group():
 
 @simulator
 @pytest.mark.parametrize('T', [32, 256])
-def test_no_memory_beside_the_answer(T):
+def test_no_memory_beside_the_result(T):
     arguments, allocator, sizes = tensors(step(np.random.default_rng(0), (T,), (0,))), Device['METAL'].allocator, []
     flash(*arguments).realize()      # the sizes of the step
     alloc = allocator.alloc
@@ -371,13 +372,13 @@ def test_the_portable_one_where_kernels_refuse(monkeypatch):
     assert 'it takes half or float' in said(odd)
     monkeypatch.setattr(module, 'FLASH_TILED', Kernel(replaced(TILED, 'simd_sum', 'simd_some')))
     assert 'does not compile for METAL' in said(model('METAL')) and 'simd_some' in said(model('METAL'))
-    monkeypatch.setattr(module, 'ATTENDS', {})
+    monkeypatch.setattr(defaults, 'ATTENDS', {})
     assert 'no attention kernel is written for METAL' in said(model('METAL'))
 
 
 def test_texts_say_what_they_mean():
     "Each comment in a kernel is short enough to be read beside its line."
-    for text in (TILED, MATRIX, MATRIX_CUDA):
+    for text in (TILED, MATRIX, FLASH_CUDA_TEXT):
         assert max(map(len, text.splitlines())) <= 100 and strip_comments(text) != text
 
 

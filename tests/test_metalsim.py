@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from metal_cases import CASES, TOP, halves, paged_answer, paged_cache, source
+from support.metal_cases import CASES, TOP, halves, paged_answer, paged_cache, source
 
 from tinyvllm.device import zig_wrapper
 from tinyvllm.errors import BadInput
@@ -182,7 +182,7 @@ def fresh(code, **env):
 ZIG = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[0] or 'tests')
-from metal_cases import CASES, source
+from support.metal_cases import CASES, source
 from tinyvllm.metalsim import Library, MetalError, lint
 from tinyvllm.metalsim.compiler import compiler
 assert compiler().is_zig
@@ -220,7 +220,7 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch):
 
 def test_two_processes_may_fill_one_cache(tmp_path):
     code = ("import sys; sys.path.insert(0, 'TESTS')\n"
-            'from metal_cases import CASES, source\nfrom tinyvllm.metalsim import Library\n'
+            'from support.metal_cases import CASES, source\nfrom tinyvllm.metalsim import Library\n'
             "case = CASES['qmv']()\nLibrary(source('qmv'))['qmv4'](case.args, case.grid, case.threads)\n"
             'print(abs(case.args[3] - case.answer).max() < case.tolerance)\n')
     code = code.replace('TESTS', str(Path(__file__).parent))

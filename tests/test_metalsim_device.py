@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tinygrad
-from metal_cases import TOP, attention, edited, halves, in_graph, source
+from support.metal_cases import TOP, attention, edited, halves, in_graph, source
 from tinygrad import Device, Tensor, TinyJit, Variable, dtypes
 from tinygrad.device import Allocator, CompileError, Compiled, Compiler, LRUAllocator, Program, TinyELF
 from tinygrad.engine.jit import GraphRunner

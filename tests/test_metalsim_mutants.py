@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from metal_cases import TOP, decode, edited, mma, prefill, qmv, source, split, with_args
+from support.metal_cases import TOP, decode, edited, mma, prefill, qmv, source, split, with_args
 
 from tinyvllm.metalsim import Library, MetalError, lint
 

@@ -41,7 +41,7 @@ class Check:
     kernel: str                 # module and launcher, such as 'softmax.decode'
     operation: object           # of `tinyvllm.kernels.cases`: `make_case` and `make_load`
     devices: tuple[str, ...]    # for which it has a source
-    rung: str = ''              # the module's name of one of the launcher's kernels; '': the launcher's choice
+    rung: str = ''              # one of the launcher's kernels, such as 'flash.FLASH_TILED'; '': its own choice
     part: int | None = None     # positions of a part, for split contexts; None: the launcher's choice
     dtypes: tuple[str, ...] = tuple(TOLERANCE)
 
@@ -54,22 +54,24 @@ class Check:
 
     def launcher(self) -> Callable:
         "Import the launcher and bind its variant."
-        module, function = self.kernel.split('.')
-        module = import_module(f'tinyvllm.kernels.{module}')
-        options = dict(rung=getattr(module, self.rung)) if self.rung else {}
-        return partial(getattr(module, function), **options | (dict(part=self.part) if self.part else {}))
+        def find(path):
+            module, name = path.split('.')
+            return getattr(import_module(f'tinyvllm.kernels.{module}'), name)
+        options = dict(rung=find(self.rung)) if self.rung else {}
+        return partial(find(self.kernel), **options | (dict(part=self.part) if self.part else {}))
 
 
 CHECKS = (
-    *(Check('simd.matvec', operations.MATVEC, GPUS, f'MATVEC_{rung}')
+    *(Check('simd.matvec', operations.MATVEC, GPUS, f'simd.MATVEC_{rung}')
       for rung in ('NAIVE', 'COALESCED', 'VECTOR', 'ROWS')),
     Check('simd.kv_write', operations.KV_WRITE, GPUS),
     Check('simd.decode_simple', operations.DECODE, GPUS),
     Check('softmax.decode', operations.DECODE, GPUS),
     Check('softmax.decode_split', operations.DECODE, GPUS),
     Check('softmax.decode_split', operations.DECODE, GPUS, part=32),
-    Check('flash.flash', operations.PREFILL_STARTS, GPUS, 'FLASH_TILED'),
-    Check('flash.flash', operations.PREFILL_STARTS, GPUS, 'FLASH_MATRIX', dtypes=('float16',)),
+    Check('flash.flash', operations.PREFILL_STARTS, GPUS, 'flash.FLASH_TILED'),
+    Check('flash.flash', operations.PREFILL_STARTS, ('METAL',), 'flash.FLASH_MATRIX', dtypes=('float16',)),
+    Check('flash.flash', operations.PREFILL_STARTS, ('CUDA',), 'flash_cuda.FLASH_CUDA', dtypes=('float16',)),
     Check('cpu.matvec', operations.MATVEC, ('CPU',)),
     Check('cpu.matmul', operations.MATMUL, ('CPU',)),
     Check('cpu.kv_write', operations.KV_WRITE, ('CPU',)),

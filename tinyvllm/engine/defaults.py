@@ -9,22 +9,28 @@ from pathlib import Path
 import warnings
 from ..core.blocks import BlockManager
 from ..core.scheduler import Scheduler
-from .args import EngineArgs, pool_blocks
+from .args import EngineArgs, size_pool
 from .core import EngineCore
 from .llm import LLMEngine
 from ..errors import BadInput
 from ..kernels.cpu import cpu_attend, kv_write as cpu_kv_write
 from ..kernels.flash import flash_attend
+from ..kernels.flash_cuda import cuda_attend
 from ..kernels.metal import DEVICES
 from ..kernels.simd import KernelKVCache, kv_write
 from ..kv_cache.paged import PagedBatch, PagedKVCache, paged_attend
 from ..models.fused import FusedKVCache, FusedLlama, fused, recast
 from ..models.llama import DTYPES, Llama, load_model
-from ..models.tokenizer import Tokenizer, load_tokenizer
+from ..models.tokenizer import Tokenizer
+from ..models.tokenizer_files import load_tokenizer
 from ..models.weights import Checkpoint, resolve
-from ..quant.pack import PackedLlama, load_packed
+from ..quant.pack import PackedLlama
+from ..quant.load import load_packed
+from ..sampling.structured_output import bind_constraints
 from ..runner.eager import EagerRunner
-from ..runner.jit import PAGES, JitRunner
+from ..kernels.masks import Constraints
+from ..runner.inputs import NUM_STEPS
+from ..runner.jit import JitRunner
 from tinygrad import Device, Tensor, dtypes
 
 # %% auto #0
@@ -32,7 +38,7 @@ __all__ = ['ATTENDS', 'STORES', 'best_attend', 'best_cache', 'fused_cache', 'bes
            'make_engine', 'load_engine']
 
 # %% ../../nbs/10d_defaults.ipynb #0cea8d26
-ATTENDS = {'CPU': cpu_attend, 'METAL': flash_attend, 'CUDA': flash_attend}
+ATTENDS = {'CPU': cpu_attend, 'METAL': flash_attend, 'CUDA': cuda_attend}
 STORES = {'CPU': cpu_kv_write, 'METAL': kv_write, 'CUDA': kv_write}
 
 def _trial(model: Llama, attend) -> None:
@@ -111,7 +117,8 @@ def best_runner(
     device = model.embedding.device.split(':')[0]
     if device not in DEVICES or not hasattr(cache, 'num_blocks'):
         return EagerRunner(model, cache, attend)
-    return JitRunner(model, cache, attend, max_num_seqs)
+    constraints = Constraints(model.config.vocab_size, model.embedding.device)
+    return JitRunner(model, cache, attend, max_num_seqs, constraints)
 
 def best_scheduler(
     runner, # that it plans for
@@ -121,7 +128,7 @@ def best_scheduler(
     "One that lets the device work ahead, if the runner can. Raises `BadInput`."
     sizes = blocks, args.max_num_seqs, args.max_num_batched_tokens
     if isinstance(runner, JitRunner):
-        steps = min(args.num_scheduler_steps, PAGES // 2)    # results of two decisions wait
+        steps = min(args.num_scheduler_steps, NUM_STEPS // 2)    # results of two decisions wait
         return Scheduler(*sizes, steps, output_delay=1)
     if args.num_scheduler_steps > 1:
         name = type(runner).__name__
@@ -139,15 +146,15 @@ def make_engine(
     **sizes, # fields of `EngineArgs`
 ) -> LLMEngine:
     "An engine from its parts; what is not given is the best there is. Raises `BadInput`."
-    args = EngineArgs(**sizes).on(model.embedding.device)
-    cache = cache or fused_cache(model, pool_blocks(model, args), args.block_size)
+    args = EngineArgs(**sizes).with_step_limit(model.embedding.device)
+    cache = cache or fused_cache(model, size_pool(model, args), args.block_size)
     if not (scheduler or hasattr(cache, 'num_blocks')): raise BadInput(
         f'{type(cache).__name__} is not made of blocks; give the engine a scheduler for it too')
     runner = runner or best_runner(model, cache, attend or best_attend(model),
                                    (scheduler or args).max_num_seqs)
     scheduler = scheduler or best_scheduler(
         runner, BlockManager(cache.num_blocks, cache.block_size), args)
-    return LLMEngine(EngineCore(scheduler, runner), args.config(model), tokenizer)
+    return LLMEngine(EngineCore(scheduler, runner), args.limit_config(model), tokenizer, bind_constraints)
 
 # %% ../../nbs/10d_defaults.ipynb #8a8d1a15
 def load_engine(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from functools import cache
 import re
-from .flash import PTX
+from .metal import PTX
 from .metal import Kernel
 from tinygrad import Tensor, dtypes
 

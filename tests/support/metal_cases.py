@@ -11,7 +11,7 @@ TOP = '#include <metal_stdlib>\nusing namespace metal;\n'
 
 
 def source(name):
-    return (Path(__file__).parent / 'metal' / f'{name}.metal').read_text()
+    return (Path(__file__).parents[1] / 'metal' / f'{name}.metal').read_text()
 
 
 @dataclass

@@ -1,14 +1,15 @@
-"""NVIDIA's tensor cores, played by the Metal simulator: the CUDA text of flash attention runs without a GPU.
+"""CUDA's tensor cores in the Metal simulator: the CUDA text of flash attention runs without a GPU.
 
-The text reaches assembly through a few functions; here they are written with shuffles, after the layouts
-that the PTX manual documents. Copies by `fetch` happen when `fetched` waits for them, and no earlier.
+The functions of `ptx.h` are written here with shuffles, after the layouts that the PTX manual documents. Copies by
+`fetch` happen when `fetched` waits for them, and no earlier.
 """
 import re
 
-from tinyvllm.kernels import flash
-from tinyvllm.kernels.metal import Kernel
+from tinyvllm.kernels.flash import FLASH_MATRIX, TILE
+from tinyvllm.kernels.flash_cuda import FLASH_CUDA_TEXT
+from tinyvllm.kernels.metal import PTX, Kernel
 
-PLAYED = '''
+SIMULATED_PTX = '''
 #define fmaxf max
 struct Copy { threadgroup half* to; device const half* from; bool real; };
 static Copy waiting[256][64];
@@ -37,7 +38,7 @@ inlined void load8x8(thread uint* x, threadgroup const half* p) {
   for (int i = 0; i < 4; i++)
     x[i] = *(threadgroup const uint*)(simd_shuffle((ulong)p, i * 8 + lane / 4) + lane % 4 * 4);
 }
-inlined void load8x8_turned(thread uint* x, threadgroup const half* p) {
+inlined void load8x8_transposed(thread uint* x, threadgroup const half* p) {
   const int lane = msl_cur->lane;
   for (int i = 0; i < 4; i++) {
     half2 two;
@@ -62,11 +63,11 @@ inlined void multiply(thread float* c, thread const uint* a, uint b0, uint b1) {
 '''
 
 
-def played(text: str = flash.MATRIX_CUDA) -> Kernel:
-    "The CUDA text as a kernel for the simulator: other words for memory, for the entry and for those functions."
-    body = text[len(flash.PTX):]
-    body, entries = re.subn(r'extern "C".*?simd = me / 32;\n', lambda _: 'kernel void flash_matrix' + flash.PARAMETERS,
-                            body, flags=re.S)
+def simulate(text: str = FLASH_CUDA_TEXT) -> Kernel:
+    "The CUDA text as a kernel for the simulator: Metal's entry, its words for memory, and the functions above."
+    head = FLASH_MATRIX.metal.removeprefix(TILE).partition('  const int head')[0]
+    body, entries = re.subn(r'extern "C".*?(?=  follow\(\);)', lambda _: head, text.removeprefix(PTX), flags=re.S)
     assert entries == 1
     body = body.replace('__shared__ __align__(16)', 'threadgroup')
-    return Kernel(PLAYED + body.replace('(const uint*)', '(device const uint*)').replace('(uint*)', '(device uint*)'))
+    body = body.replace('(const uint*)', '(device const uint*)').replace('(uint*)', '(device uint*)')
+    return Kernel(SIMULATED_PTX + body)
