@@ -17,8 +17,8 @@ from tinyvllm.engine.llm import LLM  # noqa: E402
 from tinyvllm.reference.generate import answer_logits  # noqa: E402
 from tinyvllm.models.llama import load_model  # noqa: E402
 from tinyvllm.sampling.sampler import log_softmax
-from tinyvllm.server.app import serving  # noqa: E402
-from tinyvllm.models.tokenizer import load_tokenizer  # noqa: E402
+from tinyvllm.server.run import serve_in_background  # noqa: E402
+from tinyvllm.models.tokenizer_files import load_tokenizer
 
 KEY, MODEL = 'a-key', 'smollm2'
 ASK = [{'role': 'user', 'content': 'Name three colors.'}]
@@ -40,7 +40,7 @@ class City(BaseModel):
 def url():
     "A server with a key."
     llm = LLM('smollm2', num_blocks=192, max_num_seqs=8)
-    with serving(llm.engine, names=(MODEL,), api_keys=(KEY,)) as server:
+    with serve_in_background(llm.engine, names=(MODEL,), api_keys=(KEY,)) as server:
         yield server.url + '/v1'
     assert llm.engine.scheduler.blocks.num_free == 191
 
@@ -129,7 +129,7 @@ def test_echo_scores_as_the_forward_pass_does(folder):
     model, text = load_model(folder, dtype='float32'), 'Hello 🐻, a text of some length.'
     ids = load_tokenizer(folder).encode(text)
     rows = [log_softmax(row.astype('f8')) for row in answer_logits(model, ids[:1], ids[1:])]
-    with serving(LLM(folder, num_blocks=64).engine) as server:
+    with serve_in_background(LLM(folder, num_blocks=64).engine) as server:
         client = openai.OpenAI(base_url=server.url + '/v1', api_key='none', max_retries=0)
         ask = dict(model='', prompt=text, max_tokens=2, echo=True, logprobs=3, seed=1)
         told = client.completions.create(**ask).choices[0].logprobs

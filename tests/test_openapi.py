@@ -12,7 +12,7 @@ from schemathesis.checks import not_a_server_error  # noqa: E402
 from schemathesis.specs.openapi import checks  # noqa: E402
 
 from tinyvllm.engine.llm import LLM  # noqa: E402
-from tinyvllm.server.app import serving  # noqa: E402
+from tinyvllm.server.run import serve_in_background  # noqa: E402
 
 ALWAYS = [not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
           checks.response_schema_conformance, checks.response_headers_conformance]
@@ -26,7 +26,7 @@ SEEN = Counter()
 def schema(folder):
     "The document, as the server publishes it. A short context keeps long answers short."
     llm = LLM(folder, num_blocks=64, max_model_len=128)
-    with serving(llm.engine, names=('tiny',)) as server:
+    with serve_in_background(llm.engine, names=('tiny',)) as server:
         yield schemathesis.openapi.from_url(server.url + '/openapi.json')
     assert llm.engine.scheduler.blocks.num_free == 63    # nothing that was sent has left a block behind
 

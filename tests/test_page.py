@@ -9,7 +9,7 @@ from importlib.resources import files
 import pytest
 
 PAGE = files('tinyvllm.server') / 'static/index.html'
-try: from tinyvllm.server.app import page as served    # with the policy that the server sends
+try: from tinyvllm.server.info import load_page as served    # with the policy that the server sends
 except ImportError: served = lambda: (PAGE.read_bytes(), {})
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome',
          '/Applications/Google Chrome.app/Contents/MacOS/Google Chrome')
@@ -426,9 +426,9 @@ def endless(folder, tmp_path):
 def test_with_the_real_server(visit, endless):
     pytest.importorskip('fastapi')
     from tinyvllm import LLM
-    from tinyvllm.server.app import serving
+    from tinyvllm.server.run import serve_in_background
     llm = LLM(endless, num_blocks=64)
-    with serving(llm.engine, names=('tiny',)) as server:
+    with serve_in_background(llm.engine, names=('tiny',)) as server:
         page = visit(server.url)
         until(page, 'document.querySelector("#model").textContent === "tiny"')
         until(page, 'document.querySelector("#v-running").textContent === "0"')

@@ -13,10 +13,14 @@ from jsonschema import Draft202012Validator  # noqa: E402
 
 from tinyvllm.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from tinyvllm.errors import BadInput  # noqa: E402
+from tinyvllm.server.errors import APIError, to_api_error  # noqa: E402
+from tinyvllm.server.openapi import REQUESTS, RESPONSES, build_schemas  # noqa: E402
+from tinyvllm.server.parameters import Limits  # noqa: E402
 from tinyvllm.server.protocol import (  # noqa: E402
-    DONE, REPLIES, REQUESTS, RESPONSES, APIError, ChatRequest, CompletionRequest, GenerateRequest, Limits,
-    DetokenizeRequest, TokenizeRequest, api_error, check_model, read_request, schemas, sse, too_busy, treatment,
-    validation_error)
+    ChatCompletionRequest, CompletionRequest, GenerateRequest, check_model, get_treatment, list_unknown_names,
+    read_request)
+from tinyvllm.server.replies import DONE_EVENT, REPLIES, format_event  # noqa: E402
+from tinyvllm.server.tokenize import DetokenizeRequest, TokenizeRequest  # noqa: E402
 from tinyvllm.models.tokenizer import Tokenizer  # noqa: E402
 
 PLAIN = '{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot: {% endif %}'
@@ -37,24 +41,24 @@ def ask(kind=CompletionRequest, limits=Limits(), **body):
     return read_request(kind, json.dumps(body).encode(), limits)
 
 
-def chat(**body): return ask(ChatRequest, **{'messages': HI} | body)
+def chat(**body): return ask(ChatCompletionRequest, **{'messages': HI} | body)
 
 
 def refusal(*args, **body):
     with pytest.raises(APIError) as caught: (ask(*args, **body) if body else read_request(*args))
     assert caught.value.status == 400 and len(caught.value.message) <= 2300
-    assert set(caught.value.body()['error']) == {'message', 'type', 'param', 'code'}
+    assert set(caught.value.to_dict()['error']) == {'message', 'type', 'param', 'code'}
     return caught.value
 
 
 # ---- every parameter has a fate
 
 @pytest.mark.parametrize('kind, module', [(CompletionRequest, 'openai.types.completion_create_params'),
-                                          (ChatRequest, 'openai.types.chat.completion_create_params')])
+                                          (ChatCompletionRequest, 'openai.types.chat.completion_create_params')])
 def test_no_parameter_of_the_openai_package_is_unknown(kind, module):
     params = pytest.importorskip(module).CompletionCreateParamsStreaming.__annotations__
-    assert {name for name in params if treatment(kind, name) == 'unknown'} == set()
-    assert {name for name in params if treatment(kind, name) == 'handled'} > {'model', 'stream', 'n', 'seed', 'logprobs'}
+    assert {name for name in params if get_treatment(kind, name) == 'unknown'} == set()
+    assert {name for name in params if get_treatment(kind, name) == 'handled'} > {'model', 'stream', 'n', 'seed', 'logprobs'}
 
 
 def test_handled_parameters_arrive():
@@ -68,7 +72,7 @@ def test_handled_parameters_arrive():
 
 
 def test_nulls_are_defaults():
-    fields = {name: None for name in ChatRequest.model_fields if name not in ('messages', 'structured_outputs')}
+    fields = {name: None for name in ChatCompletionRequest.model_fields if name not in ('messages', 'structured_outputs')}
     params = chat(**fields, unknown=None).to_sampling_params(50, tokenizer())
     assert params == chat().to_sampling_params(50, tokenizer()) and params.max_tokens == 50
 
@@ -79,7 +83,7 @@ def test_nulls_are_defaults():
 def test_what_asks_for_nothing_is_taken(body):
     taken = ask(prompt='x', **body)
     assert taken.to_sampling_params(9, tokenizer()).max_tokens == 16
-    assert [n for n in taken.unknown() if n == 'colour'] == [n for n in body if n == 'colour']
+    assert [n for n in list_unknown_names(taken) if n == 'colour'] == [n for n in body if n == 'colour']
 
 
 @pytest.mark.parametrize('wish', [{'regex': ''}, {'grammar': ''}, {'json': ''}])
@@ -172,7 +176,7 @@ def test_prompts_that_are_none(body):
     ('moderation', {'moderation': {'model': 'x'}}), ('max_tokens', {'max_tokens': 0}),
 ])
 def test_chats_that_are_refused(param, body):
-    with pytest.raises(APIError) as caught: chat(**body).prompts(tokenizer())
+    with pytest.raises(APIError) as caught: chat(**body).get_prompts(tokenizer())
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
@@ -204,16 +208,16 @@ def test_a_fault_does_not_repeat_what_was_sent():
 
 
 def test_a_long_fault_is_cut():
-    error = validation_error([{'loc': ('prompt', '(ids)', n), 'msg': 'x' * 10_000} for n in range(11)])
+    error = APIError.from_validation([{'loc': ('prompt', '(ids)', n), 'msg': 'x' * 10_000} for n in range(11)])
     assert error.param == 'prompt[0]' and len(error.message) < 10 * 202 + 20 and error.message.endswith('; and 1 more')
 
 
 def test_faults_of_the_server_stay_there():
-    told = api_error(RuntimeError('/home/me/key.pem at 0x7f00deadbeef'))
+    told = to_api_error(RuntimeError('/home/me/key.pem at 0x7f00deadbeef'))
     assert told.status == 500 and 'home' not in told.message and told.type == 'server_error'
-    told = api_error(BadInput('no file /home/me/model.gguf at 0x7f00deadbeef', param='x', code='y'))
+    told = to_api_error(BadInput('no file /home/me/model.gguf at 0x7f00deadbeef', param='x', code='y'))
     assert '/home' not in told.message and 'deadbeef' not in told.message and (told.param, told.code) == ('x', 'y')
-    assert too_busy(7).headers == {'Retry-After': '7'} and too_busy(7).status == 429
+    assert APIError.too_many_requests(7).headers == {'Retry-After': '7'} and APIError.too_many_requests(7).status == 429
 
 
 def test_models():
@@ -226,7 +230,7 @@ def test_limits_are_the_servers():
     limits = Limits(max_n=2, max_prompts=1, max_logprobs=0, max_stop=9)
     ask(limits=limits, prompt='x', n=2, logprobs=0, stop=['x'] * 9)
     for body in {'n': 3}, {'logprobs': 1}, {'prompt': ['a', 'b']}: refusal(CompletionRequest, limits, **{'prompt': 'x'} | body)
-    document = schemas(limits)['CompletionRequest']['properties']
+    document = build_schemas(limits)['CompletionRequest']['properties']
     assert document['n']['anyOf'][0]['maximum'] == 2 and document['stop']['anyOf'][0]['oneOf'][1]['maxItems'] == 9
     assert 'x-limit' not in json.dumps(document)
 
@@ -234,7 +238,7 @@ def test_limits_are_the_servers():
 @settings(max_examples=150, deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner:
        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-           [*ChatRequest.model_fields, *CompletionRequest.model_fields, 'role', 'content', 'type', 'json']), inner)))
+           [*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, 'role', 'content', 'type', 'json']), inner)))
 def test_any_json_is_a_request_or_a_400(value):
     for kind in REQUESTS:
         try: read_request(kind, json.dumps(value).encode())
@@ -246,26 +250,26 @@ def test_any_json_is_a_request_or_a_400(value):
 def test_a_conversation_is_rendered():
     turns = [{'role': 'developer', 'content': 'Be kind.'}, {'role': 'user', 'content': [
         {'type': 'text', 'text': 'a'}, {'type': 'text', 'text': 'b'}]}]
-    assert chat(messages=turns).prompts(tokenizer()) == ['system: Be kind.\nuser: a\nb\nbot: ']
-    assert chat(messages=HI, add_generation_prompt=False).prompts(tokenizer()) == ['user: Hi\n']
+    assert chat(messages=turns).get_prompts(tokenizer()) == ['system: Be kind.\nuser: a\nb\nbot: ']
+    assert chat(messages=HI, add_generation_prompt=False).get_prompts(tokenizer()) == ['user: Hi\n']
     going_on = [*HI, {'role': 'assistant', 'content': 'Hello, '}]
-    assert chat(messages=going_on, continue_final_message=True).prompts(tokenizer())[0].endswith('assistant: Hello,')
-    with pytest.raises(APIError): chat(continue_final_message=True).prompts(tokenizer())
+    assert chat(messages=going_on, continue_final_message=True).get_prompts(tokenizer())[0].endswith('assistant: Hello,')
+    with pytest.raises(APIError): chat(continue_final_message=True).get_prompts(tokenizer())
 
 
 @pytest.mark.parametrize('names', [{'messages': []}, {'_budget': 1}, {'bos_token': 'x'}, {'a b': 1}])
 def test_a_template_gets_no_name_that_is_its_own(names):
-    with pytest.raises(APIError): chat(chat_template_kwargs=names).prompts(tokenizer())
+    with pytest.raises(APIError): chat(chat_template_kwargs=names).get_prompts(tokenizer())
 
 
 def test_extra_names_reach_the_template():
     body = chat(chat_template_kwargs={'enable_thinking': False})
-    assert body.prompts(tokenizer('{{ enable_thinking }}')) == ['False']
+    assert body.get_prompts(tokenizer('{{ enable_thinking }}')) == ['False']
 
 
 def test_tools_are_told_and_forced():
     body = chat(tools=[TOOL], tool_choice='required')
-    assert '"now"' in body.prompts(tokenizer())[0]
+    assert '"now"' in body.get_prompts(tokenizer())[0]
     params = body.to_sampling_params(99, tokenizer())
     assert 'now' in params.structured_outputs.grammar and not params.skip_special_tokens
     assert chat(tools=[TOOL]).to_sampling_params(99, tokenizer()).structured_outputs is None
@@ -273,17 +277,28 @@ def test_tools_are_told_and_forced():
     choice = {'type': 'allowed_tools', 'allowed_tools': {'mode': 'required', 'tools': [
         {'type': 'function', 'function': {'name': 'now'}}]}}
     other = {'type': 'function', 'function': {'name': 'later'}}
-    tools, mode = chat(tools=[TOOL, other], tool_choice=choice).offered()
+    tools, mode = chat(tools=[TOOL, other], tool_choice=choice).get_tools()
     assert [t['function']['name'] for t in tools] == ['now'] and mode == 'required'
+
+
+def test_tokenizing_has_no_sampling_parameters():
+    names = set(ChatCompletionRequest.model_fields) - set(TokenizeRequest.model_fields)
+    assert {'temperature', 'n', 'stop', 'stream', 'max_tokens', 'logprobs', 'response_format', 'user', 'store'} <= names
+    assert {'messages', 'tools', 'tool_choice', 'chat_template_kwargs', 'add_generation_prompt'} <= set(TokenizeRequest.model_fields)
+    assert 'temperature' not in build_schemas()['TokenizeRequest']['properties']
+    body = ask(TokenizeRequest, prompt='x', temperature=9, n=10**9)    # as every unknown name: ignored, with a warning
+    assert list_unknown_names(body) == ['temperature', 'n'] and body.tokenize(tokenizer(), 64)['count'] == 1
+    for wrong in {'chat_template': '{{ 1 }}'}, {'truncate_prompt_tokens': 3}, {'functions': [{'name': 'f'}]}:
+        refusal(TokenizeRequest, **{'messages': HI} | wrong)
 
 
 def test_tokenize_and_detokenize():
     body = ask(TokenizeRequest, prompt='é', return_token_strs=True)
-    assert body.reply(tokenizer(), 64) == {'count': 2, 'max_model_len': 64, 'tokens': [195, 169],
+    assert body.tokenize(tokenizer(), 64) == {'count': 2, 'max_model_len': 64, 'tokens': [195, 169],
                                            'token_strs': ['bytes:\\xc3', 'bytes:\\xa9']}
-    assert bytes(ask(TokenizeRequest, messages=HI).reply(tokenizer(), 64)['tokens']) == b'user: Hi\nbot: '
-    assert ask(DetokenizeRequest, tokens=[195, 169]).reply(tokenizer()) == {'prompt': 'é'}
-    with pytest.raises(APIError): ask(DetokenizeRequest, tokens=[258]).reply(tokenizer())
+    assert bytes(ask(TokenizeRequest, messages=HI).tokenize(tokenizer(), 64)['tokens']) == b'user: Hi\nbot: '
+    assert ask(DetokenizeRequest, tokens=[195, 169]).detokenize(tokenizer()) == {'prompt': 'é'}
+    with pytest.raises(APIError): ask(DetokenizeRequest, tokens=[258]).detokenize(tokenizer())
     for wrong in {}, {'prompt': 'x', 'messages': HI}: refusal(TokenizeRequest, json.dumps(wrong).encode())
 
 
@@ -302,7 +317,7 @@ def saying(text, n, end=None, prompt='Hi', answers=1, logprobs=True):
 
 def replying(body, template=PLAIN):
     t = tokenizer(template)
-    return REPLIES[type(body)](body, '1', 'm', 'fp', body.prompts(t), t)
+    return REPLIES[type(body)](body, '1', 'm', 'fp', body.get_prompts(t), t)
 
 
 def streamed(body, text, looks, end='stop', template=PLAIN):
@@ -342,7 +357,7 @@ def test_a_chat_stream_joined_is_the_plain_reply(text, looks, template, tools, n
     body = chat(logprobs=True, top_logprobs=1, n=n, **({'tools': [TOOL]} if tools else {}))
     looks = sorted(k for k in looks if k <= len(text.encode()))
     parts = joined(streamed(body, text, looks, template=template), 'delta')
-    plain = replying(body, template).plain([saying(text, 999, 'stop', answers=n)])
+    plain = replying(body, template).to_response([saying(text, 999, 'stop', answers=n)])
     for choice in plain['choices']:
         one, message = parts[choice['index']], choice['message']
         assert one['text'] == (message['content'] or '') and one['end'] == choice['finish_reason']
@@ -360,7 +375,7 @@ def test_a_completion_stream_joined_is_the_plain_reply(text, looks, echo, n):
     body = ask(prompt='Hi', logprobs=1, echo=echo, n=n)
     looks = sorted(k for k in looks if k <= len(text.encode()))
     parts = joined(streamed(body, text, looks, 'length'), 'text')
-    for choice in replying(body).plain([saying(text, 999, 'length', answers=n)])['choices']:
+    for choice in replying(body).to_response([saying(text, 999, 'length', answers=n)])['choices']:
         one, told = parts[choice['index']], choice['logprobs']
         assert one['text'] == choice['text'] == 'Hi' * echo + text and one['end'] == choice['finish_reason'] == 'length'
         assert one['told'] == [*zip(*told.values())]
@@ -369,12 +384,12 @@ def test_a_completion_stream_joined_is_the_plain_reply(text, looks, echo, n):
 
 
 def test_logprobs_have_openais_shapes():
-    told = replying(chat(logprobs=True, top_logprobs=1)).plain([saying('é', 2, 'stop')])['choices'][0]['logprobs']
+    told = replying(chat(logprobs=True, top_logprobs=1)).to_response([saying('é', 2, 'stop')])['choices'][0]['logprobs']
     assert told['content'][0] == {'token': 'bytes:\\xc3', 'logprob': -1.5, 'bytes': [195], 'top_logprobs': [
         {'token': 'bytes:\\xc3', 'logprob': -1.5, 'bytes': [195]}]}
     out = saying('b', 1, 'stop')
     out.outputs[0].logprobs = [{98: Logprob(float('-inf'), '')}]
-    told = replying(ask(prompt='Hi', logprobs=1, echo=True)).plain([out])['choices'][0]['logprobs']
+    told = replying(ask(prompt='Hi', logprobs=1, echo=True)).to_response([out])['choices'][0]['logprobs']
     assert told == {'tokens': ['H', 'i', 'b'], 'token_logprobs': [None, -1.0, -9999.0],
                     'top_logprobs': [None, {'i': -1.0}, {'b': -9999.0}], 'text_offset': [0, 1, 2]}
 
@@ -382,17 +397,17 @@ def test_logprobs_have_openais_shapes():
 def test_echo_of_ids_and_of_a_bos():
     out = saying('b', 1, 'stop')
     out.prompt_token_ids, out.prompt_logprobs = [257, 72, 105], [None, {72: Logprob(-1, '')}, {105: Logprob(-1, '')}]
-    told = replying(ask(prompt='Hi', logprobs=0, echo=True)).plain([out])['choices'][0]
+    told = replying(ask(prompt='Hi', logprobs=0, echo=True)).to_response([out])['choices'][0]
     assert told['text'] == 'Hib' and told['logprobs']['text_offset'] == [0, 0, 1, 2]
     out.prompt = None
-    told = replying(ask(prompt=[257, 72, 105], logprobs=0, echo=True)).plain([out])['choices'][0]
+    told = replying(ask(prompt=[257, 72, 105], logprobs=0, echo=True)).to_response([out])['choices'][0]
     assert told['text'] == '<bos>Hib' and told['logprobs']['text_offset'] == [0, 5, 6, 7]
 
 
 def test_usage_counts_a_prompt_once():
     reply = replying(ask(prompt=['Hi', 'Hey'], n=2))
     outs = [saying('abc', 3, 'stop', answers=2), saying('abc', 3, 'stop', 'Hey', answers=2)]
-    plain = reply.plain(outs)
+    plain = reply.to_response(outs)
     assert plain['usage'] == {'prompt_tokens': 5, 'completion_tokens': 12, 'total_tokens': 17,
                               'prompt_tokens_details': {'cached_tokens': 0}}
     assert [c['index'] for c in plain['choices']] == [0, 1, 2, 3]
@@ -411,7 +426,7 @@ def test_a_function_by_name_stops_and_is_called_once():
     named = {'type': 'function', 'function': {'name': 'now'}}
     twice = SAID[5]
     for choice, end, calls in (named, 'stop', 1), ('required', 'tool_calls', 2), ('auto', 'tool_calls', 2):
-        (said,) = replying(chat(tools=[TOOL], tool_choice=choice)).plain([saying(twice, 999, 'stop')])['choices']
+        (said,) = replying(chat(tools=[TOOL], tool_choice=choice)).to_response([saying(twice, 999, 'stop')])['choices']
         assert said['finish_reason'] == end and len(said['message']['tool_calls']) == calls
         assert said['message']['content'] is None
 
@@ -419,7 +434,7 @@ def test_a_function_by_name_stops_and_is_called_once():
 @pytest.mark.parametrize('end, told', [('stop', 'stop'), ('length', 'length'), ('abort', 'length'), ('error', 'length')])
 def test_reasons(end, told):
     for body in chat(), ask(prompt='Hi'):
-        assert replying(body).plain([saying('a', 1, end)])['choices'][0]['finish_reason'] == told
+        assert replying(body).to_response([saying('a', 1, end)])['choices'][0]['finish_reason'] == told
 
 
 def test_an_end_is_told_once():
@@ -436,7 +451,7 @@ def test_of_two_tokens_with_one_text_the_likelier_is_told():
     out = saying('b', 1, 'stop')
     out.outputs[0].logprobs = [{255: Logprob(-0.1, 'b'), 98: Logprob(-2.0, 'b')}]
     body = ask(prompt='Hi', logprobs=1)
-    told = REPLIES[CompletionRequest](body, '1', 'm', None, ['Hi'], t).plain([out])['choices'][0]['logprobs']
+    told = REPLIES[CompletionRequest](body, '1', 'm', None, ['Hi'], t).to_response([out])['choices'][0]['logprobs']
     assert told['top_logprobs'] == [{'b': -0.1}] and told['token_logprobs'] == [-2.0]
 
 
@@ -444,13 +459,13 @@ def test_token_ids_on_demand():
     chunks = streamed(chat(return_token_ids=True), 'é', [1])
     assert chunks[0]['prompt_token_ids'] == [72, 105]
     assert [i for c in chunks for i in c['choices'][0].get('token_ids', ())] == [195, 169]
-    plain = replying(ask(prompt='Hi', return_token_ids=True)).plain([saying('é', 2, 'stop')])['choices'][0]
+    plain = replying(ask(prompt='Hi', return_token_ids=True)).to_response([saying('é', 2, 'stop')])['choices'][0]
     assert plain['token_ids'] == [195, 169] and plain['prompt_token_ids'] == [72, 105]
 
 
 def test_generate():
     body = ask(GenerateRequest, prompt='Hi', n=2)
-    plain = replying(body).plain([saying('abc', 3, 'stop', answers=2)])
+    plain = replying(body).to_response([saying('abc', 3, 'stop', answers=2)])
     assert plain['text'] == ['abc'] * 2 and plain['token_ids'] == [[97, 98, 99]] * 2
     assert plain['finish_reasons'] == ['stop'] * 2 and plain['usage']['completion_tokens'] == 6
     chunks = streamed(body, 'abc', [2])
@@ -458,11 +473,11 @@ def test_generate():
 
 
 def test_events_are_ascii():
-    assert sse({'x': '\ud800é\n\ndata: '}) == b'data: {"x":"\\ud800\\u00e9\\n\\ndata: "}\n\n' and DONE.endswith(b'\n\n')
+    assert format_event({'x': '\ud800é\n\ndata: '}) == b'data: {"x":"\\ud800\\u00e9\\n\\ndata: "}\n\n' and DONE_EVENT.endswith(b'\n\n')
 
 
 def test_replies_have_the_published_shapes():
-    document = schemas()
+    document = build_schemas()
     def check(name, value):
         schema = {'$ref': f'#/$defs/{name}', '$defs': json.loads(json.dumps(document).replace(
             '#/components/schemas/', '#/$defs/'))}
@@ -470,24 +485,24 @@ def test_replies_have_the_published_shapes():
         known = {k for m in RESPONSES if m.__name__ == name for k in m.model_fields}
         assert set(value) <= known, name
     text, rich = SAID[3], dict(tools=[TOOL], logprobs=True, top_logprobs=2, return_token_ids=True, n=2)
-    check('ChatCompletion', replying(chat(**rich, prompt_logprobs=1)).plain([saying(text, 999, 'stop', answers=2)]))
+    check('ChatCompletion', replying(chat(**rich, prompt_logprobs=1)).to_response([saying(text, 999, 'stop', answers=2)]))
     for chunk in streamed(chat(**rich), text, [1, 3, 9]): check('ChatCompletionChunk', chunk)
     old = dict(prompt='Hi', logprobs=2, echo=True, return_token_ids=True)
-    check('Completion', replying(ask(**old, prompt_logprobs=1)).plain([saying(text, 999, 'stop')]))
+    check('Completion', replying(ask(**old, prompt_logprobs=1)).to_response([saying(text, 999, 'stop')]))
     for chunk in streamed(ask(**old), text, [1, 3, 9]): check('Completion', chunk)
-    check('Generated', replying(ask(GenerateRequest, prompt='Hi', logprobs=1)).plain([saying(text, 999, 'stop')]))
-    check('ErrorResponse', APIError(400, 'x').body())
-    check('Tokenized', ask(TokenizeRequest, prompt='é').reply(tokenizer(), 64))
+    check('Generated', replying(ask(GenerateRequest, prompt='Hi', logprobs=1)).to_response([saying(text, 999, 'stop')]))
+    check('ErrorResponse', APIError(400, 'x').to_dict())
+    check('Tokenized', ask(TokenizeRequest, prompt='é').tokenize(tokenizer(), 64))
 
 
 def test_the_openai_package_reads_the_replies_strictly():
     types = pytest.importorskip('openai.types')
     body = chat(tools=[TOOL], logprobs=True, top_logprobs=1)
-    plain = replying(body).plain([saying(SAID[3], 999, 'stop')])
+    plain = replying(body).to_response([saying(SAID[3], 999, 'stop')])
     assert types.chat.ChatCompletion.model_validate(plain, strict=True).choices[0].message.tool_calls
     for chunk in streamed(body, SAID[3], range(1, 60, 7)):
         types.chat.ChatCompletionChunk.model_validate(chunk, strict=True)
-    types.Completion.model_validate(replying(ask(prompt='Hi', logprobs=1)).plain([saying('é', 2, 'stop')]), strict=True)
+    types.Completion.model_validate(replying(ask(prompt='Hi', logprobs=1)).to_response([saying('é', 2, 'stop')]), strict=True)
 
 
 def test_a_slow_reader_costs_no_more_than_a_quick_one():

@@ -21,7 +21,8 @@ pytest.importorskip('uvicorn')
 
 from tinyvllm import LLM  # noqa: E402
 from tinyvllm.cli.main import main  # noqa: E402
-from tinyvllm.server.app import Server, ServerArgs, Service, address, listen, serving  # noqa: E402
+from tinyvllm.server.app import AppState, ServerArgs  # noqa: E402
+from tinyvllm.server.run import Server, get_url, listen, serve_in_background  # noqa: E402
 
 PATIENCE = 60    # seconds for anything: these tests are about what happens, not how fast
 GREEDY = dict(temperature=0, ignore_eos=True)
@@ -65,7 +66,7 @@ def gate(engine): return engine.core.runner
 
 @pytest.fixture(scope='module')
 def server(engine):
-    with serving(engine, ping=0.2) as server: yield server
+    with serve_in_background(engine, ping=0.2) as server: yield server
 
 
 def connect(server):
@@ -119,8 +120,8 @@ def eventually(fn):
 
 def idle(server, engine):
     "Nobody waits or runs, and all blocks are free."
-    scheduler, queue = engine.scheduler, server.service.queue
-    return not scheduler.sequences and scheduler.blocks.num_free == 63 and (queue.open, queue.waiting) == (0, 0)
+    scheduler, queue = engine.scheduler, server.state.queue
+    return not scheduler.sequences and scheduler.blocks.num_free == 63 and (queue.num_open, queue.num_waiting) == (0, 0)
 
 
 def error(reply, status):
@@ -171,7 +172,7 @@ def test_characters_are_never_split_and_stops_are_found_across_chunks(server):
 
 
 def test_the_metrics_are_the_sum_of_the_usage(engine):
-    with serving(engine) as server:
+    with serve_in_background(engine) as server:
         bodies = [dict(prompt=[[n] * n, [n]], max_tokens=n, n=2, **GREEDY) for n in range(1, 7)]
         usages = [ask(server, '/v1/completions', body)[2]['usage'] for body in bodies]
         refused = [ask(server, '/v1/completions', dict(prompt=''))[0] for _ in range(3)]
@@ -228,7 +229,7 @@ def test_a_client_that_hangs_up_frees_its_blocks(server, engine, gate):
             connection = begin(server, '/v1/completions', body)
             eventually(lambda: engine.scheduler.sequences)
             connection.close()
-            eventually(lambda: not server.service.queue.open)
+            eventually(lambda: not server.state.queue.num_open)
         eventually(lambda: idle(server, engine))
 
 
@@ -239,7 +240,7 @@ def test_a_stream_that_hangs_up_in_the_middle(server, engine, gate):
     with held(gate):
         response.close()
         connection.close()
-        eventually(lambda: not server.service.queue.open)
+        eventually(lambda: not server.state.queue.num_open)
     eventually(lambda: idle(server, engine))
 
 
@@ -263,7 +264,7 @@ def test_a_slow_reader_stalls_nobody_and_loses_nothing(server, engine):
     raw = json.dumps(body).encode()
     slow.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n'
                  b'Content-Length: %d\r\n\r\n' % len(raw) + raw)
-    eventually(lambda: server.service.queue.open)
+    eventually(lambda: server.state.queue.num_open)
     assert ask(server, '/v1/completions', dict(prompt='abc', max_tokens=30, **GREEDY))[0] == 200
     eventually(lambda: not engine.scheduler.sequences)    # nobody has read, all has been computed
     slow.settimeout(PATIENCE)
@@ -282,7 +283,7 @@ def test_a_slow_reader_stalls_nobody_and_loses_nothing(server, engine):
 # --- who must wait ---
 
 def test_overload_refuses_exactly_the_surplus(engine, gate):
-    with serving(engine, max_queue=4) as server:
+    with serve_in_background(engine, max_queue=4) as server:
         body = dict(prompt=[9, 9], max_tokens=4, return_token_ids=True, **GREEDY)
         with held(gate), ThreadPoolExecutor(40) as pool:
             asked = [pool.submit(ask, server, '/v1/completions', body) for _ in range(40)]
@@ -306,7 +307,7 @@ def test_a_pool_that_is_too_small_preempts_and_loses_nothing(folder):
     answers = []
     for blocks in (200, 4):
         engine = LLM(folder, num_blocks=blocks, max_model_len=None if blocks > 4 else 48, block_size=16).engine
-        with serving(engine) as server, ThreadPoolExecutor(8) as pool:
+        with serve_in_background(engine) as server, ThreadPoolExecutor(8) as pool:
             replies = list(pool.map(lambda body: ask(server, '/v1/completions', body)[2], bodies))
             answers.append([r['choices'][0]['token_ids'] for r in replies])
             wrong = ask(server, '/v1/completions', dict(prompt=[1] * 300, max_tokens=5))
@@ -317,13 +318,13 @@ def test_a_pool_that_is_too_small_preempts_and_loses_nothing(folder):
 
 def test_deadlines_end_requests_and_free_their_blocks(engine, gate):
     body = dict(prompt='abc', max_tokens=100, **GREEDY)
-    with serving(engine, queue_timeout=0.1) as server, held(gate):
+    with serve_in_background(engine, queue_timeout=0.1) as server, held(gate):
         reply = ask(server, '/v1/completions', body)
         assert error(reply, 503)['type'] == 'unavailable_error' and int(reply[1]['Retry-After']) >= 1
         assert error(ask(server, '/v1/completions', body | dict(stream=True)), 503)    # not begun: a plain error
         gate.open.set()
         eventually(lambda: idle(server, engine))
-    with serving(engine, request_timeout=0.1) as server, held(gate):
+    with serve_in_background(engine, request_timeout=0.1) as server, held(gate):
         assert stream(server, '/v1/completions', body)[-1]['error']['type'] == 'timeout_error'
         assert error(ask(server, '/v1/completions', body), 408)['type'] == 'timeout_error'
         gate.open.set()
@@ -349,11 +350,11 @@ def test_a_bad_day_in_short(folder):
     spec.loader.exec_module(module)
     sys.path.remove(str(path.parent))
     engine = LLM(folder, num_blocks=40, max_num_seqs=16).engine
-    with serving(engine, max_queue=12) as server:
+    with serve_in_background(engine, max_queue=12) as server:
         port = int(server.url.rsplit(':', 1)[1])
         day = module.Day(port, seconds=3, streams=16, droppers=4, slow=2, queue=12, burst_every=1, longest=24)
         row = asyncio.run(module.live(day))
-        eventually(lambda: not server.service.queue.open)
+        eventually(lambda: not server.state.queue.num_open)
     exact = 'answers_exact', 'blocks_free', 'nobody_left', 'refused'
     assert all(row['checks'][name] for name in exact), row
     assert row['finished'] > 10 and row['dropped'] > 4 and row['slow_bytes'] > 0
@@ -379,14 +380,14 @@ def test_a_poisoned_request_fails_alone(server, engine, caplog):
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
 def test_a_dead_engine_ends_the_server(folder):
     engine = LLM(folder, num_blocks=16).engine
-    with pytest.raises(RuntimeError, match='died'), serving(engine) as server:
-        server.service.engine.post.core.step = lambda: [None]    # what no step returns
+    with pytest.raises(RuntimeError, match='died'), serve_in_background(engine) as server:
+        server.state.engine.engine.core.step = lambda: [None]    # what no step returns
         assert error(ask(server, '/v1/completions', dict(prompt='abc', max_tokens=5)), 500)
         eventually(lambda: server.should_exit)
 
 
 def test_neither_prompts_nor_keys_are_logged(engine, caplog):
-    with caplog.at_level(logging.DEBUG), serving(engine, api_keys=('key-of-mine',)) as server:
+    with caplog.at_level(logging.DEBUG), serve_in_background(engine, api_keys=('key-of-mine',)) as server:
         for body in (dict(prompt='my secret', max_tokens=1), dict(prompt='my secret', n=99), dict(my_secret='my secret')):
             ask(server, '/v1/completions?q=my+secret', body, Authorization='Bearer key-of-mine')
         ask(server, '/v1/my%0Asecret%1b', Authorization='Bearer my-secret-try')
@@ -398,18 +399,18 @@ def test_neither_prompts_nor_keys_are_logged(engine, caplog):
 
 def test_loading_says_so(engine):
     loaded = threading.Event()
-    def load(service):
+    def load(state):
         assert loaded.wait(PATIENCE)
-        service.start(engine)
-    service, sock = Service(ServerArgs(port=0)), listen('127.0.0.1', 0)
-    server = Server(service, load, address(sock))
+        state.start(engine)
+    state, sock = AppState(ServerArgs(port=0)), listen('127.0.0.1', 0)
+    server = Server(state, load, get_url(sock))
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
     for path, body in (('/health', None), ('/v1/models', None), ('/v1/completions', dict(prompt='a'))):
         reply = ask(server, path, body)
         assert error(reply, 503)['message'] == 'the model is loading' and reply[1]['Retry-After']
     loaded.set()
-    eventually(lambda: not service.closed)
+    eventually(lambda: not state.closed_reason)
     assert ask(server, '/health')[0] == 200
     server.handle_exit(signal.SIGTERM, None)
     thread.join(PATIENCE)
@@ -417,7 +418,7 @@ def test_loading_says_so(engine):
 
 
 def test_draining_finishes_what_is_on_its_way(engine, gate):
-    with serving(engine) as server:
+    with serve_in_background(engine) as server:
         with held(gate):
             connection = begin(server, '/v1/completions', dict(prompt=[70], max_tokens=9, stream=True, **GREEDY))
             eventually(lambda: engine.scheduler.sequences)
@@ -429,7 +430,7 @@ def test_draining_finishes_what_is_on_its_way(engine, gate):
 
 
 def test_a_second_signal_ends_streams_with_an_error(engine, gate):
-    with serving(engine) as server:
+    with serve_in_background(engine) as server:
         gate.open.clear()
         connection = begin(server, '/v1/completions', dict(prompt=[70], max_tokens=9, stream=True, **GREEDY))
         eventually(lambda: engine.scheduler.sequences)
@@ -442,7 +443,7 @@ def test_a_second_signal_ends_streams_with_an_error(engine, gate):
 
 def test_origins_are_closed_until_named(engine):
     origin = 'https://page.example'
-    with serving(engine, allowed_origins=(origin,), api_keys=('k',)) as server:
+    with serve_in_background(engine, allowed_origins=(origin,), api_keys=('k',)) as server:
         asked = dict(Origin=origin, Access_Control_Request_Method='POST')
         assert ask(server, '/v1/models', method='OPTIONS', **asked)[1]['Access-Control-Allow-Origin'] == origin
         asked['Origin'] = 'https://other.example'
@@ -495,6 +496,6 @@ def test_bad_input_is_one_line_and_exit_2(folder, tmp_path, capsys, monkeypatch)
             lines = [line for line in err.splitlines() if 'loading' not in line]
             assert code == 2 and len(lines) == 1 and words in lines[0] and 'Traceback' not in err, (args, err)
     monkeypatch.setitem(sys.modules, 'fastapi', None)
-    for name in [n for n in sys.modules if n == 'tinyvllm.server.app']: monkeypatch.delitem(sys.modules, name)
+    for name in [n for n in sys.modules if n.startswith('tinyvllm.server.')]: monkeypatch.delitem(sys.modules, name)
     code, err = run(capsys)
     assert code == 2 and "pip install 'tinyvllm[serve]'" in err and err.count('\n') == 1

@@ -40,7 +40,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(*script):
+def serve_in_background(*script):
     server = ThreadingHTTPServer(('127.0.0.1', 0), Answers)
     server.script, server.asked = script, []
     server.url = f'http://127.0.0.1:{server.server_port}'
@@ -64,7 +64,7 @@ def look(url, count=None, as_json=False, key=None) -> int:
 
 
 def test_lines_where_there_is_no_terminal(capsys):
-    with serving(events(SNAPSHOT, SNAPSHOT | dict(tok_s=0))) as server:
+    with serve_in_background(events(SNAPSHOT, SNAPSHOT | dict(tok_s=0))) as server:
         assert look(server.url + '/') == 0
     assert capsys.readouterr().out.splitlines() == [
         '   123.4 tok/s  prompts      0.0 tok/s  running    8  waiting    2  blocks  25.0%',
@@ -73,14 +73,14 @@ def test_lines_where_there_is_no_terminal(capsys):
 
 
 def test_json_and_count(capsys):
-    with serving(events(*[SNAPSHOT] * 5)) as server:
+    with serve_in_background(events(*[SNAPSHOT] * 5)) as server:
         assert look(server.url, count=2, as_json=True) == 0
     assert [json.loads(s) for s in capsys.readouterr().out.splitlines()] == [SNAPSHOT] * 2
 
 
 def test_the_picture(capsys, monkeypatch):
     monkeypatch.setattr('sys.stdout.isatty', lambda: True, raising=False)
-    with serving(events(SNAPSHOT)) as server:
+    with serve_in_background(events(SNAPSHOT)) as server:
         look(server.url)
     out = capsys.readouterr().out
     assert out.startswith('\x1b[H\x1b[2J') and out.removeprefix('\x1b[H\x1b[2J') == picture(SNAPSHOT) + '\n'
@@ -107,14 +107,14 @@ def test_the_key(where, tmp_path, monkeypatch):
     (file := tmp_path / 'key').write_text('secret\nmore\n')
     if where == 'environment':
         monkeypatch.setenv('TINYVLLM_API_KEY', 'secret')
-    with serving(events(SNAPSHOT)) as server:
+    with serve_in_background(events(SNAPSHOT)) as server:
         look(server.url, key=file if where == 'file' else None)
     assert server.asked == [('/stats', 'Bearer secret')]
 
 
 def test_no_other_host_gets_the_key(tmp_path):
     (file := tmp_path / 'key').write_text('secret')
-    with serving(events(SNAPSHOT)) as other, serving((302, {'Location': other.url + '/stats'}, b'')) as server:
+    with serve_in_background(events(SNAPSHOT)) as other, serve_in_background((302, {'Location': other.url + '/stats'}, b'')) as server:
         with pytest.raises(BadInput, match='answers 302'):
             look(server.url, key=file)
     assert other.asked == []
@@ -132,7 +132,7 @@ def test_bad_keys(content, words, tmp_path):
 def test_it_waits_for_a_server_that_loads(capsys, monkeypatch):
     monkeypatch.setattr(module.time, 'sleep', lambda _: None)
     error = json.dumps({'error': {'message': 'loading \x1b[31mthe model'}}).encode()
-    with serving((503, {}, error), (503, {}, b'nonsense'), events(SNAPSHOT)) as server:
+    with serve_in_background((503, {}, error), (503, {}, b'nonsense'), events(SNAPSHOT)) as server:
         assert look(server.url) == 0
     said = capsys.readouterr()
     assert said.err == 'loading  [31mthe model\nthe server is not ready\n' and '123.4 tok/s' in said.out
@@ -146,7 +146,7 @@ def test_it_waits_for_a_server_that_loads(capsys, monkeypatch):
     (events(SNAPSHOT | dict(tok_s='\x1b[31m')), 'does not speak'), (events(SNAPSHOT | dict(kv_usage=float('nan'))), 'does not speak'),
 ])
 def test_rude_servers(answer, words):
-    with serving(answer) as server, pytest.raises(BadInput, match=words) as error:
+    with serve_in_background(answer) as server, pytest.raises(BadInput, match=words) as error:
         look(server.url)
     assert '\n' not in str(error.value) and '\x1b' not in str(error.value)
 
@@ -192,13 +192,13 @@ def test_a_real_server(folder, tmp_path, capsys):
     from tinyvllm.engine.core import EngineCore
     from tinyvllm.models.llama import model_config
     from tinyvllm.core.scheduler import Scheduler
-    from tinyvllm.server.app import serving
-    from tinyvllm.models.tokenizer import load_tokenizer
+    from tinyvllm.server.run import serve_in_background
+    from tinyvllm.models.tokenizer_files import load_tokenizer
     from tinyvllm.models.weights import tiny_checkpoint
     engine = LLMEngine(EngineCore(Scheduler(BlockManager(40), 8, 64), runner), model_config(tiny_checkpoint(seed=0)[0]),
                        load_tokenizer(folder))
     (file := tmp_path / 'key').write_text('k')
-    with serving(engine, api_keys=('k',)) as server:
+    with serve_in_background(engine, api_keys=('k',)) as server:
         def ask(path, body=None):
             headers = {'Authorization': 'Bearer k', 'Content-Type': 'application/json'}
             with urllib.request.urlopen(urllib.request.Request(server.url + path, body, headers), timeout=30) as reply:

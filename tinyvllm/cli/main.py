@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from tinyvllm import __version__
@@ -344,8 +345,8 @@ def sampling_params(args):
 def load(args):
     "The model and its tokenizer. Raises `BadInput`."
     from tinyvllm.engine.defaults import best_model
-    from tinyvllm.models.tokenizer import load_tokenizer
-    from tinyvllm.models.weights import resolve
+    from tinyvllm.models.tokenizer_files import load_tokenizer
+    from tinyvllm.models.hub import resolve
     path = resolve(args.model)
     model, tokenizer = best_model(path, args.dtype, quantization=args.quant), load_tokenizer(path)
     tokenizer.check_vocab(model.config.vocab_size)
@@ -361,7 +362,7 @@ def small_llm(model, tokenizer, context: int):
 
 def pull(args) -> None:
     "`tinyvllm pull`: print where the model is."
-    from tinyvllm.models.weights import pull
+    from tinyvllm.models.hub import pull
     print(pull(args.name))
 
 
@@ -453,13 +454,13 @@ def read_prompt(prompt: str) -> str:
 def report(model, out) -> None:
     "Speed and memory limit, on standard error so that the text stays clean."
     from tinyvllm.models.llama import kv_bytes, weight_bytes
-    from tinyvllm.measure import Roof, bandwidth
+    from tinyvllm.measure import measured_roof
     n, speed = len(out.outputs[0].token_ids), out.metrics.decode_tok_s
     line = f'{n} tokens ({out.outputs[0].finish_reason})'
     if n: line += f', first after {out.metrics.ttft_s:.2f} s'
     if speed:
         context = len(out.prompt_token_ids) + n
-        roof = Roof(bandwidth(), weight_bytes(model), kv_bytes(model) * context)
+        roof = measured_roof(speed, weight_bytes(model), kv_bytes(model) * context)
         line += (f', then {speed:.2f} tok/s: {roof.share(speed):.1%} of the {roof.tok_s:.0f} tok/s '
                  f'that {roof.bandwidth/1e9:.0f} GB/s of memory allow')
     print(line, file=sys.stderr)
@@ -509,18 +510,20 @@ def reply(stream) -> str:
 def serve(args) -> int:
     "`tinyvllm serve`: until it is told to stop."
     try:
-        from tinyvllm.server.app import run_server
+        from tinyvllm.server.run import run_server
     except ModuleNotFoundError as error:
         raise BadInput(f"serving needs {error.name}: pip install 'tinyvllm[serve]'") from None
+    from tinyvllm.engine.defaults import load_engine
     sizes = {n: getattr(args, n) for n in (*SIZES, 'max_model_len') if getattr(args, n) is not None}
     options = dict(dtype=args.dtype, quantization=args.quant, **sizes)
-    return run_server(args.model, server_args(args), options, warm=not args.no_warmup, log=not args.quiet)
+    return run_server(args.model, server_args(args), partial(load_engine, **options), warm=not args.no_warmup,
+                      log=not args.quiet)
 
 
 def server_args(args):
     "The `ServerArgs`; raises `BadInput`."
-    from tinyvllm.server.protocol import Limits
     from tinyvllm.server.app import ServerArgs
+    from tinyvllm.server.parameters import Limits
     same = ('host port public_metrics max_queue queue_timeout request_timeout shutdown_timeout').split()
     names = args.served_model_name or [os.path.basename(args.model.rstrip('/')) or args.model]
     return ServerArgs(**{n: getattr(args, n) for n in same}, names=tuple(names), api_keys=tuple(api_keys(args)),
@@ -548,7 +551,7 @@ def bench(args) -> None:
     from tinyvllm.cli.bench import Workload, measure_rung, open_model
     from tinyvllm.models.llama import load_model
     from tinyvllm.measure import append_row, ladder_table, read_rows
-    from tinyvllm.models.weights import resolve
+    from tinyvllm.models.hub import resolve
     check_counts(args)
     stored, path = read_rows(files('tinyvllm') / 'data/ladder.jsonl'), args.ladder or ladder_path()
     model = load_model(resolve(args.model), args.dtype)
@@ -565,7 +568,7 @@ def bench(args) -> None:
 
 def check_counts(args) -> None:
     "Refuse a measurement of nothing, or of several requests on a rung for one; raises `BadInput`."
-    counts = [('prompt_tokens', args.prompt_tokens, 1), ('tokens', args.tokens, 2), ('repeat', args.repeat, 1)]
+    counts = [('prompt_tokens', args.prompt_tokens, 1), ('tokens', args.tokens, 4), ('repeat', args.repeat, 1)]
     for name, value, least in counts + [('requests', n, 1) for n in args.requests]:
         if value < least:
             raise BadInput(f'--{name.replace("_", "-")} is {value}; use {least} or more')
@@ -579,7 +582,7 @@ def check_counts(args) -> None:
 def bench_load(args) -> None:
     "`tinyvllm bench decode` and `prefill`."
     from tinyvllm.cli.bench import Load, measure_load, open_model, open_reference, plot_loads
-    check_least(args, context=1, tokens=1, repeat=1, check=0, max_num_batched_tokens=1, batch=1,
+    check_least(args, context=1, tokens=2 if args.what == 'decode' else 1, repeat=1, check=0, max_num_batched_tokens=1, batch=1,
                 num_scheduler_steps=1)
     if args.what == 'prefill' and args.tokens != 1:
         raise BadInput('the time of a prefill ends with the first token, so --tokens is 1; '
@@ -685,9 +688,11 @@ def info(args) -> None:
     from tinyvllm.device import cache_dir, compiler_name
     from tinyvllm.cli.doctor import is_simulated
     from tinyvllm.measure import bandwidth, machine_name
-    from tinyvllm.models.weights import models_found
+    from tinyvllm.models.hub import models_found
     device = Device.DEFAULT
     speed = 'none: METAL is simulated here' if is_simulated(device) else f'{bandwidth(device) / 1e9:.1f} GB/s measured'
+    if device.startswith('CPU'):
+        speed += ', one core'
     rows = [('tinyvllm', __version__), ('tinygrad', version('tinygrad')), ('python', platform.python_version()),
             ('device', f'{device} ({machine_name(device)})'), ('compiler', compiler_name()),
             ('bandwidth', speed), ('cache', str(cache_dir()))]
