@@ -24,10 +24,10 @@ from tinygrad import Device, Tensor
 from tinyvllm.sampling.logits_processors import grammar_of, grammars_of, make_control, packed, run_trial, steer, unpacked
 from tinyvllm.engine.llm import LLM
 from tinyvllm.measure import machine_name
-from tinyvllm.runner.jit import captured
+from tinyvllm.runner.graphs import capture
 from tinyvllm.sampling.params import SamplingParams, StructuredOutputs
-from tinyvllm.models.tokenizer import load_tokenizer
-from tinyvllm.models.weights import resolve
+from tinyvllm.models.tokenizer_files import load_tokenizer
+from tinyvllm.models.hub import resolve
 
 OUT = RESULTS / 'control.jsonl'
 PERSON = {'type': 'object', 'properties': {'name': {'type': 'string'}, 'age': {'type': 'integer'}, 'tags': {
@@ -84,7 +84,7 @@ def kernel(V, R=8):
     x['adds'] = Tensor(np.ones(8 * R, np.float32)).realize()
     logits, words = Tensor.randn(R, V).realize(), Tensor(mask.reshape(-1)).realize()
     route, clock = (Tensor(np.zeros(4, np.int32)).realize() for _ in range(2))
-    replay, best = captured(lambda: steer(logits, x, words, route, clock).realize()), np.inf
+    replay, best = capture(lambda: steer(logits, x, words, route, clock).realize()), np.inf
     for _ in range(40):
         start = CLOCK()
         replay()

@@ -33,8 +33,9 @@ from tinyvllm.cli.doctor import is_simulated
 from tinyvllm.kernels.cases import make_large_tensor
 from tinyvllm.kernels.linear_gpu import gpu_embed, gpu_linear, gpu_swiglu
 from tinyvllm.measure import machine_name
-from tinyvllm.quant.pack import Packed, format_of
-from tinyvllm.runner.jit import use_graph
+from tinyvllm.quant.pack import Packed
+from tinyvllm.quant.formats import format_of
+from tinyvllm.runner.cuda_graph import use_best_graph
 from kernels import ROUNDS, Chain, TorchChain, copies, forget, race, random, reason, share_context, torch, FULL
 
 OUT = RESULTS / 'gpu_linear.jsonl'
@@ -353,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f'{about["machine"]} ({device}), tinygrad {about["tinygrad"]}, torch {about["torch"]}', flush=True)
         if device.startswith('CUDA'):
             if torch: share_context()
-            use_graph(device)
+            use_best_graph(device)
             with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), get_context('spawn')) as pool:
                 compile_all(args, real, pool)
         print(f'{time.monotonic() - start:.0f} s', flush=True)

@@ -22,13 +22,13 @@ from tinygrad import Device
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.engine.defaults import make_engine
 from tinyvllm.engine.defaults import best_attend
-from tinyvllm.engine.defaults import best_model, fused_cache
+from tinyvllm.engine.defaults import best_model, best_cache
 from tinyvllm.measure import counting, machine_name
 from tinyvllm.runner.eager import EagerRunner
-from tinyvllm.runner.jit import CPUGraph
+from tinyvllm.runner.graphs import CPUGraph
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.core.scheduler import Scheduler
-from tinyvllm.models.weights import resolve
+from tinyvllm.models.hub import resolve
 
 OUT = RESULTS / 'runner.jsonl'
 STEPS, WARMUP, CONTEXT = 24, 4, 64
@@ -45,7 +45,7 @@ print(time.perf_counter() - start, c.compiled)'''
 def engines(model, rows):
     "The same model under an eager runner, with TinyJit, and with TinyJit's calls in one graph."
     blocks = rows * -(-(CONTEXT + 3 * (STEPS + WARMUP)) // 16) + 1
-    cache, attend = fused_cache(model, blocks), best_attend(model)
+    cache, attend = best_cache(model, blocks), best_attend(model)
     eager = dict(runner=EagerRunner(model, cache, attend), cache=cache,
                  scheduler=Scheduler(BlockManager(blocks, 16), rows, rows * CONTEXT))
     sizes = dict(num_blocks=blocks, max_num_seqs=rows, max_num_batched_tokens=rows * CONTEXT)

@@ -18,13 +18,13 @@ from common import RESULTS, write_row
 from tinygrad import Device, Tensor
 from tinyvllm.models.llama import InputBatch, NoCache, dense_attend, load_model
 from tinyvllm.measure import machine_name
-from tinyvllm.runner.jit import captured
+from tinyvllm.runner.graphs import capture
 from tinyvllm.kernels.sampler import pack_sampling_params, sample_tokens
 from tinyvllm.kernels.top_tokens import find_top_tokens
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampler, draw_uniform
-from tinyvllm.models.tokenizer import load_tokenizer
-from tinyvllm.models.weights import resolve
+from tinyvllm.models.tokenizer_files import load_tokenizer
+from tinyvllm.models.hub import resolve
 
 OUT = RESULTS / 'sampler.jsonl'
 SETTINGS = {'greedy': dict(temperature=0), 'temperature 1': dict(), 'min-p 0.05': dict(min_p=0.05),
@@ -70,10 +70,10 @@ def times(logits):
         table = np.array([pack_sampling_params(params)] * len(logits), np.float32)
         table[:, 4] = np.linspace(0, 0.99, len(logits))
         wanted = Tensor(table).realize()
-        replay = captured(lambda: Tensor.realize(*sample_tokens(x, wanted)))
+        replay = capture(lambda: Tensor.realize(*sample_tokens(x, wanted)))
         host, kernel = fastest(lambda: Sampler(params)(row), replay)
         yield dict(what=name, host_us=round(host * 1e6), kernel_us=round(kernel / len(logits) * 1e6, 1))
-    tops, = fastest(captured(lambda: Tensor.realize(*find_top_tokens(x, 20))))
+    tops, = fastest(capture(lambda: Tensor.realize(*find_top_tokens(x, 20))))
     yield dict(what='20 likeliest', kernel_us=round(tops / len(logits) * 1e6, 1))
 
 

@@ -21,7 +21,7 @@ from tinyvllm.models.llama import model_config
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.core.scheduler import Scheduler
-from tinyvllm.models.tokenizer import load_tokenizer
+from tinyvllm.models.tokenizer_files import load_tokenizer
 from tinyvllm.models.weights import save_safetensors, tiny_checkpoint
 
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)

@@ -85,7 +85,7 @@ def test_a_trace_against_one_at_a_time(folder, capsys, roof, tmp_path):
 
 BAD = [
     (['decode', '--batch', '0'], '--batch'), (['decode', '--batch', '4', '-1'], '--batch'),
-    (['decode', '--context', '0'], '--context'), (['decode', '--tokens', '0'], '--tokens'),
+    (['decode', '--context', '0'], '--context'), (['decode', '--tokens', '1'], '--tokens'),
     (['decode', '--repeat', '0'], '--repeat'), (['decode', '--batch', 'many'], '--batch'),
     (['decode', '--check', '-1'], '--check'), (['decode', '--max-num-batched-tokens', '0'], 'batched-tokens'),
     (['prefill', '--tokens', '2048'], '--context'), (['decode', '--model', 'nosuch'], 'nosuch'),

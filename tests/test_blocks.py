@@ -22,14 +22,14 @@ LENGTHS = np.minimum(np.random.default_rng(0).lognormal(5.5, 0.9, 64).astype(int
 def ceil(n, size): return -(-n // size)
 
 
-def in_line(line):
+def free_ids(free_list):
     "Ids of the free blocks, first to last; the links must agree in both directions."
-    ids, block = [], line.ring
-    for _ in range(len(line) + 1):
-        assert block.after.before is block and block.before.after is block
-        block = block.after
+    ids, block = [], free_list.head
+    for _ in range(len(free_list) + 1):
+        assert block.next.prev is block and block.prev.next is block
+        block = block.next
         ids.append(block.id)
-    assert block is line.ring, 'the ring is longer or shorter than its size'
+    assert block is free_list.head, 'the ring is longer or shorter than its size'
     return ids[:-1]
 
 
@@ -48,7 +48,7 @@ class Walk(RuleBasedStateMachine):
 
     def state(self):
         "All there is to know about the manager."
-        return (in_line(self.manager.pool.free), [b.refs for b in self.manager.pool.blocks],
+        return (free_ids(self.manager.pool.free), [b.ref_count for b in self.manager.pool.blocks],
                 {o: (list(t.ids), t.length) for o, t in self.manager.tables.items()})
 
     def pick(self, number): return list(self.tokens)[number % len(self.tokens)]
@@ -76,7 +76,7 @@ class Walk(RuleBasedStateMachine):
         table, holders = self.manager.tables[owner].ids, self.holders()
         for t in range(start, start + n):
             block = table[t // self.size]
-            assert holders[block] == 1 == self.manager.pool.blocks[block].refs, 'wrote to a shared block'
+            assert holders[block] == 1 == self.manager.pool.blocks[block].ref_count, 'wrote to a shared block'
             self.said += 1
             self.memory[block][t % self.size] = self.said
             self.tokens[owner].append(self.said)
@@ -86,7 +86,7 @@ class Walk(RuleBasedStateMachine):
     @rule(n=TOKENS)
     def allocate(self, n):
         Walk.steps += 1
-        owner, need, free = self.born, self.needs(self.born, n), in_line(self.manager.pool.free)
+        owner, need, free = self.born, self.needs(self.born, n), free_ids(self.manager.pool.free)
         assert self.manager.can_allocate(owner, n) is (need <= len(free))
         if need > len(free): return self.refused(IndexError, self.manager.allocate, owner, n)
         self.manager.allocate(owner, n)
@@ -113,21 +113,21 @@ class Walk(RuleBasedStateMachine):
         kept = len(old) - len(copies)
         assert new[:kept] == old[:kept] and new[kept:] == free[:need]
         self.write(owner, have, n)
-        if n and (have + n) % self.size: assert self.manager.pool.blocks[new[-1]].refs == 1
+        if n and (have + n) % self.size: assert self.manager.pool.blocks[new[-1]].ref_count == 1
 
     @precondition(lambda self: self.tokens)
     @rule(number=ANY, cut=ANY)
     def fork(self, number, cut):
         Walk.steps += 1
         parent, child = self.pick(number), self.born
-        have, free = len(self.tokens[parent]), in_line(self.manager.pool.free)
+        have, free = len(self.tokens[parent]), free_ids(self.manager.pool.free)
         length = have - cut % (have + 1)
         self.manager.fork(parent, child, length)
         self.born += 1
         self.tokens[child] = self.tokens[parent][:length]
         assert self.manager.tables[child].ids == self.manager.tables[parent].ids[:ceil(length, self.size)]
         assert self.manager.tables[child].ids is not self.manager.tables[parent].ids
-        assert in_line(self.manager.pool.free) == free    # costs nothing
+        assert free_ids(self.manager.pool.free) == free    # costs nothing
 
     @precondition(lambda self: self.tokens)
     @rule(number=ANY, n=st.integers(1, 7))
@@ -149,7 +149,7 @@ class Walk(RuleBasedStateMachine):
         self.manager.free(owner)
         del self.tokens[owner]
         freed = [i for i in reversed(tables[owner][0]) if refs[i] == 1]
-        assert in_line(self.manager.pool.free) == line + freed    # the tail goes first
+        assert free_ids(self.manager.pool.free) == line + freed    # the tail goes first
 
     @precondition(lambda self: self.tokens)
     @rule(number=ANY)
@@ -188,8 +188,8 @@ class Walk(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, 'manager'): return
         for owner in list(self.tokens): self.let_go(owner)
-        assert sorted(in_line(self.manager.pool.free)) == list(range(1, self.total))
-        assert not any(b.refs for b in self.manager.pool.blocks) and not self.manager.tables
+        assert sorted(free_ids(self.manager.pool.free)) == list(range(1, self.total))
+        assert not any(b.ref_count for b in self.manager.pool.blocks) and not self.manager.tables
 
 
 def test_walk():
@@ -207,26 +207,26 @@ def test_free_list_is_first_in_first_out():
     line = FreeList(blocks)
     first = line.popleft()
     line.append(first)
-    assert in_line(line) == [1, 2, 3, 0]
+    assert free_ids(line) == [1, 2, 3, 0]
     assert [line.popleft().id for _ in range(4)] == [1, 2, 3, 0] and not len(line)
     with pytest.raises(IndexError): line.popleft()
     line.append(first)
-    assert in_line(line) == [0]
+    assert free_ids(line) == [0]
 
 
 def test_block_0_is_never_handed_out():
     pool = BlockPool(8)
-    assert sorted(pool.take() for _ in range(7)) == list(range(1, 8))
-    with pytest.raises(IndexError): pool.take()
+    assert sorted(pool.allocate() for _ in range(7)) == list(range(1, 8))
+    with pytest.raises(IndexError): pool.allocate()
 
 
 def test_a_shared_block_is_free_when_the_last_holder_lets_go():
     pool = BlockPool(3)
-    block = pool.take()
+    block = pool.allocate()
     pool.share([block, block])
-    for left in (2, 1): pool.release([block]); assert pool.blocks[block].refs == left and len(pool.free) == 1
+    for left in (2, 1): pool.release([block]); assert pool.blocks[block].ref_count == left and len(pool.free) == 1
     pool.release([block])
-    assert in_line(pool.free) == [2, 1]
+    assert free_ids(pool.free) == [2, 1]
 
 
 def test_tail_is_freed_first():
@@ -234,9 +234,9 @@ def test_tail_is_freed_first():
     manager.allocate('a', 16)
     manager.fork('a', 'b', 8)
     manager.free('a')
-    assert in_line(manager.pool.free) == [5, 6, 7, 8, 4, 3]    # b still holds 1 and 2
+    assert free_ids(manager.pool.free) == [5, 6, 7, 8, 4, 3]    # b still holds 1 and 2
     manager.free('b')
-    assert in_line(manager.pool.free) == [5, 6, 7, 8, 4, 3, 2, 1]
+    assert free_ids(manager.pool.free) == [5, 6, 7, 8, 4, 3, 2, 1]
 
 
 def test_the_last_holder_writes_in_place():
@@ -310,11 +310,11 @@ class Touched(Block):
     touches = 0
 
     def __getattribute__(self, name):
-        Touched.touches += name in ('before', 'after')
+        Touched.touches += name in ('prev', 'next')
         return super().__getattribute__(name)
 
     def __setattr__(self, name, value):
-        Touched.touches += name in ('before', 'after')
+        Touched.touches += name in ('prev', 'next')
         super().__setattr__(name, value)
 
 
@@ -350,4 +350,4 @@ def test_module_knows_no_tensors():
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {'.' * n.level + (n.module or '') for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     ours = {n for n in names if n.split('.')[0] not in sys.stdlib_module_names}
-    assert ours <= {'tinyvllm.errors', '.errors'}
+    assert ours <= {'tinyvllm.errors', '..errors'}

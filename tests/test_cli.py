@@ -11,8 +11,9 @@ from tinyvllm.cli.bench import Workload, measure_rung
 from tinyvllm.cli.main import main, reply
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.core.sequence import Sequence
-from tinyvllm.models.tokenizer import load_tokenizer
-from tinyvllm.models.weights import resolve, save_safetensors, tiny_checkpoint
+from tinyvllm.models.tokenizer_files import load_tokenizer
+from tinyvllm.models.weights import save_safetensors, tiny_checkpoint
+from tinyvllm.models.hub import resolve
 
 
 def tinyvllm(*args, **options):
@@ -61,7 +62,7 @@ BAD = [
     (['generate', 'x', '--stop', ''], 'stop'), (['generate', 'x', '--model', '/no/such/file.gguf'], '/no/such/file.gguf'),
     (['generate', 'x', '--model', 'nosuch'], 'nosuch'), (['generate', 'x', '--dtype', 'int8'], 'dtype'),
     (['generate'], 'PROMPT'), (['dance'], 'dance'), ([], 'COMMAND'), (['pull', 'nosuch'], 'nosuch'),
-    (['bench', '--tokens', '1'], '--tokens'), (['bench', '--repeat', '0'], '--repeat'), (['bench', '--rung', '99'], '99'),
+    (['bench', '--tokens', '3'], '--tokens'), (['bench', '--repeat', '0'], '--repeat'), (['bench', '--rung', '99'], '99'),
     (['bench', '--requests', '4', '0'], '--requests'), (['bench', '--rung', '01c', '--requests', '2'], '--rung 04a'),
     (['generate', 'x', '--out', 'o.jsonl'], '--prompts'), (['generate', 'x', '--prompts', 'p.jsonl', '--out', 'o.jsonl'], 'not both'),
     (['generate', '--prompts', 'no/such.jsonl', '--out', 'o.jsonl'], 'no/such.jsonl'),
@@ -152,6 +153,18 @@ def test_ctrl_c_aborts_the_request(folder, capsys, monkeypatch):
     assert not scheduler.running and scheduler.blocks.num_free == 2
 
 
+@pytest.mark.parametrize('tokens', [1, 2, 3])
+def test_no_speed_from_fewer_than_two_steps(tokens, folder, capsys):
+    code, _, err = in_process(capsys, 'generate', 'abc', '--model', folder, '--max-tokens', tokens, '--ignore-eos')
+    assert code == 0 and 'tok/s' not in err and '%' not in err and f'{tokens} token' in err
+
+
+def test_no_share_above_the_limit(folder, capsys, monkeypatch):
+    monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 1.0)    # a byte per second
+    code, _, err = in_process(capsys, 'generate', 'abc', '--model', folder, '--max-tokens', 8, '--ignore-eos')
+    assert code == 0 and ' tok/s: 100.0% of the ' in err
+
+
 def test_a_conversation_that_outgrows_the_context_says_so(folder, capsys, monkeypatch):
     monkeypatch.setattr('tinyvllm.cli.main.CHAT_CONTEXT', 30)
     lines = iter(['a' * 40, 'a', '/reset', '/exit'])
@@ -166,18 +179,18 @@ def test_bench_appends_a_row_and_prints_it(folder, tmp_path, capsys, monkeypatch
     ladder = tmp_path / 'ladder.jsonl'
     for args, label in ((['--rung', '01'], '01'), (['--rung', '01c'], '01c'), (['--rung', '08', '--requests', 1, 2], '08'),
                         (['--rung', '07'], '07'), (['--requests', 2], '10c')):
-        code, out, err = in_process(capsys, 'bench', *args, '--model', folder, '--tokens', 3,
+        code, out, err = in_process(capsys, 'bench', *args, '--model', folder, '--tokens', 4,
                                     '--prompt-tokens', 4, '--repeat', 1, '--ladder', ladder)
         assert code == 0 and str(ladder) in err
         assert f'| {label} |' in out and '| smollm2 float32 |' in out
     rows = [json.loads(line) for line in ladder.read_text().splitlines()]
     assert [(r['rung'], r['requests']) for r in rows] == [('01', 1), ('01c', 1), ('08', 1), ('08', 2),
                                                               ('07', 1), ('10c', 2)]
-    assert all(r['greedy_equal'] and r['workload'] == '4+3' and r['model'] == folder.name for r in rows)
+    assert all(r['greedy_equal'] and r['workload'] == '4+4' and r['model'] == folder.name for r in rows)
     alone, both, graph, fused = rows[2:]
     assert both['roof_tok_s'] > 1.5 * alone['roof_tok_s'] and both['kernels_per_token'] < 0.7 * alone['kernels_per_token']
     assert graph['kernels_per_token'] > 0.5 * alone['kernels_per_token'] > fused['kernels_per_token'] > 5
-    code, _, err = in_process(capsys, 'bench', '--model', folder, '--tokens', 2, '--repeat', 1,
+    code, _, err = in_process(capsys, 'bench', '--model', folder, '--tokens', 4, '--repeat', 1,
                               '--prompt-tokens', 4, '--ladder', tmp_path / 'no' / 'folder.jsonl')
     assert code == 2 and 'folder.jsonl' in err and err.splitlines()[-1].startswith('tinyvllm: error')
     code, _, err = in_process(capsys, 'bench', '--model', folder, '--prompt-tokens', 250, '--tokens', 7)
@@ -188,10 +201,10 @@ def test_wrong_tokens_are_seen(monkeypatch):
     config, state = tiny_checkpoint(seed=0, num_hidden_layers=1)
     model = Llama(model_config(config), state)
     monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 10e9)
-    work = Workload(prompt_tokens=4, tokens=3, requests=2)
+    work = Workload(prompt_tokens=4, tokens=4, requests=2)
     assert measure_rung('04a', model, work, repeat=1).greedy_equal and measure_rung('08', model, work, repeat=1).greedy_equal
-    sample = Sequence.extend    # the second request says something else once
-    monkeypatch.setattr(Sequence, 'extend', lambda seq, tokens: sample(seq, [
+    sample = Sequence.append_tokens    # the second request says something else once
+    monkeypatch.setattr(Sequence, 'append_tokens', lambda seq, tokens: sample(seq, [
         t._replace(token_id=(t.token_id + 1) % 9) if seq.id == (1, 0) and len(seq.sampled) == 1 else t for t in tokens]))
     assert not measure_rung('04a', model, work, repeat=1).greedy_equal
 

@@ -15,7 +15,7 @@ from tinyvllm.core.blocks import BlockManager
 from tinyvllm.engine.llm import LLM
 from tinyvllm.engine.defaults import make_engine
 from tinyvllm.engine.warmup import warm_up
-from tinyvllm.engine.async_llm import AsyncEngine
+from tinyvllm.engine.async_llm import AsyncLLM
 from tinyvllm.errors import BadInput
 from tinyvllm.reference.generate import Generation, bucket, generate
 from tinyvllm.reference.kvcache import KVCache
@@ -25,8 +25,9 @@ from tinyvllm.runner.eager import EagerRunner
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampler
 from tinyvllm.core.scheduler import Scheduler
-from tinyvllm.models.tokenizer import load_tokenizer
-from tinyvllm.models.weights import resolve, tiny_checkpoint
+from tinyvllm.models.tokenizer_files import load_tokenizer
+from tinyvllm.models.weights import tiny_checkpoint
+from tinyvllm.models.hub import resolve
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'smollm2.json').read_text())['items']
 
@@ -99,7 +100,7 @@ def test_chunks_samples_and_aborts_change_no_token(model, budget, seed):
     rng = random.Random(seed)
     llm = LLM(model, num_blocks=24, block_size=4, max_num_batched_tokens=budget, max_num_seqs=8)
     prompts, lengths = requests(np.random.default_rng(seed), 5, 14, 6)
-    outputs = [llm.batcher.add(p, greedy(n, n=rng.choice([1, 4]))) for p, n in zip(prompts, lengths)]
+    outputs = [llm.add_request(p, greedy(n, n=rng.choice([1, 4]))) for p, n in zip(prompts, lengths)]
     gone = set()
     while llm.engine.has_unfinished_requests():
         llm.engine.step()
@@ -120,7 +121,7 @@ def test_chunks_samples_and_aborts_at_full_size(deep, budget):
     rng = random.Random(budget)
     prompts, lengths = requests(np.random.default_rng(budget), 64, 400, 200)
     llm = LLM(deep, num_blocks=300, max_num_batched_tokens=budget)
-    outputs = [llm.batcher.add(p, greedy(n, n=4 if i % 8 == 0 else 1))
+    outputs = [llm.add_request(p, greedy(n, n=4 if i % 8 == 0 else 1))
                for i, (p, n) in enumerate(zip(prompts, lengths))]
     while llm.engine.has_unfinished_requests():
         llm.engine.step()
@@ -212,7 +213,7 @@ def test_an_error_while_sampling_ends_one_request(model):
     llm = LLM(model, cache=cache, runner=EagerRunner(model, cache, paged_attend))
     prompts = [[1, 2, 3], [4, 5], [6]]
     want = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy(5), use_tqdm=False)]
-    outputs = [llm.batcher.add(p, greedy(5)) for p in prompts]
+    outputs = [llm.add_request(p, greedy(5)) for p in prompts]
     sequence, calls = llm.engine.requests[outputs[1].request_id].sequences[0], []
     plain = sequence.sampler
 
@@ -222,7 +223,7 @@ def test_an_error_while_sampling_ends_one_request(model):
             raise ZeroDivisionError('a logits processor divided by zero')
         return plain(logits)
     sequence.sampler = breaks
-    list(llm.batcher.run(outputs))
+    list(llm.run_engine(outputs))
     assert [out.outputs[0].token_ids for out in outputs] == [want[0], want[1][:2], want[2]]
     assert [out.outputs[0].finish_reason for out in outputs] == ['length', 'error', 'length']
     assert isinstance(outputs[1].error, ZeroDivisionError) and not outputs[0].error and all_free(llm)
@@ -359,7 +360,7 @@ def test_async_streams_are_the_batch(model):
     want = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy(6), use_tqdm=False)]
 
     async def main():
-        engine = AsyncEngine(llm.engine)
+        engine = AsyncLLM(llm.engine)
         try:
             streams = (read(engine, p, greedy(6)) for p in prompts)
             return await asyncio.gather(*streams)
@@ -372,7 +373,7 @@ def test_a_slow_reader_stalls_nobody_and_misses_nothing(model):
     llm = LLM(model, num_blocks=32)
 
     async def main():
-        engine, start = AsyncEngine(llm.engine), time.perf_counter()
+        engine, start = AsyncLLM(llm.engine), time.perf_counter()
         slow = asyncio.create_task(read(engine, [1, 2, 3], greedy(12), pause=1.0))
         fast = await read(engine, [4, 5], greedy(12))
         waited = time.perf_counter() - start
@@ -388,7 +389,7 @@ def test_leaving_a_stream_aborts_its_request_and_no_other(model):
     llm = LLM(model, num_blocks=64)
 
     async def main():
-        engine = AsyncEngine(llm.engine)
+        engine = AsyncLLM(llm.engine)
 
         async def leaves():
             async for out in engine.generate([9, 9], greedy(800), request_id='x'):
@@ -422,7 +423,7 @@ def test_async_errors_reach_their_caller_only(model):
             await coroutine
 
     async def main():
-        engine = AsyncEngine(llm.engine)
+        engine = AsyncLLM(llm.engine)
         good = asyncio.create_task(read(engine, [1, 2, 3], greedy(800), request_id='mine'))
         await begun(llm)
         await fails(read(engine, [1], greedy(2), request_id='mine'), BadInput, "'mine' is in use")
@@ -449,7 +450,7 @@ def test_abort_ends_the_stream(model):
     llm = LLM(model, num_blocks=64)
 
     async def main():
-        engine = AsyncEngine(llm.engine)
+        engine = AsyncLLM(llm.engine)
         stream = asyncio.create_task(read(engine, [1, 2, 3], greedy(900), request_id=1))
         await begun(llm)
         await engine.abort(1)
@@ -547,26 +548,26 @@ def test_a_reader_that_leaves_is_counted_once(model):
     from tinyvllm.engine.outputs import StatLogger
 
     class Counts(StatLogger):
-        def __init__(self): self.told = []
-        def arrived(self, request): self.told.append('arrived')
-        def ended(self, request): self.told.append([o.finish_reason for o in request.output.outputs])
+        def __init__(self): self.events = []
+        def record_arrival(self, request): self.events.append('arrived')
+        def record_finish(self, request): self.events.append([o.finish_reason for o in request.output.outputs])
 
     llm = LLM(model, num_blocks=64)
     llm.engine.stats = counts = Counts()
 
     async def main():
-        engine = AsyncEngine(llm.engine)
+        engine = AsyncLLM(llm.engine)
         stream = await engine.submit([1, 2, 3], greedy(900))
         await anext(stream)
         stream.close(); stream.close()
         tokens, _ = await read(engine, [1, 2, 3], greedy(3))
         with pytest.raises(BadInput):
             await engine.submit([1] * 2000, greedy(900))
-        assert engine.alive
+        assert engine.is_alive
         engine.shutdown(); engine.shutdown()
-        assert not engine.alive
+        assert not engine.is_alive
     asyncio.run(main())
-    assert counts.told == ['arrived', ['abort'], 'arrived', ['length']] and all_free(llm)
+    assert counts.events == ['arrived', ['abort'], 'arrived', ['length']] and all_free(llm)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -574,11 +575,11 @@ def test_a_fault_on_the_thread_reaches_its_readers(model):
     llm = LLM(model, num_blocks=64)
 
     async def main():
-        engine = AsyncEngine(llm.engine)
+        engine = AsyncLLM(llm.engine)
 
         def dies(batch): raise SystemExit
         llm.engine.core.runner = dies
         with pytest.raises(SystemExit):
             await read(engine, [1, 2, 3], greedy(3))
-        assert not engine.alive
+        assert not engine.is_alive
     asyncio.run(main())

@@ -21,15 +21,17 @@ from tinyvllm import metalsim
 from tinyvllm.engine.llm import LLM
 from tinyvllm.errors import BadInput
 from tinyvllm.engine.defaults import best_attend
-from tinyvllm.models.fused import FusedKVCache, FusedLlama, fused, rope_write, state_of, turned
-from tinyvllm.engine.defaults import best_model, fused_cache
+from tinyvllm.models.fused import FusedKVCache, FusedLlama, fused, rope_write, state_of, rope_qkv
+from tinyvllm.engine.defaults import best_model, best_cache
 from tinyvllm.reference.generate import bucket, same_greedy
 from tinyvllm.models.llama import InputBatch, Llama, NoCache, RMSNorm, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
 from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend
-from tinyvllm.quant.pack import Packed, PackedLlama, concat, packed_state, quantize
+from tinyvllm.quant.pack import Packed, PackedLlama, concat_rows, quantize
+from tinyvllm.quant.load import packed_state
 from tinyvllm.sampling.params import SamplingParams
-from tinyvllm.models.weights import resolve, save_safetensors, tiny_checkpoint
+from tinyvllm.models.weights import save_safetensors, tiny_checkpoint
+from tinyvllm.models.hub import resolve
 
 GPU = 'CUDA' if Device.DEFAULT.startswith('CUDA') else 'METAL'
 SIMULATED = GPU == 'METAL' and sys.platform != 'darwin'
@@ -119,7 +121,7 @@ def test_the_metal_text_turns_and_writes(kind, T, H, K, D, normed, seed):
 def test_the_portable_twin_agrees(case):
     qkv, pools, table, slots, norms = made = arrays(*case, seed=3)
     weights = norms is not None and tuple(RMSNorm(Tensor(n), 0.01) for n in norms) or None
-    got = turned(Tensor(qkv), *pools.shape[2:], tuple(map(Tensor, table)), weights)
+    got = rope_qkv(Tensor(qkv), *pools.shape[2:], tuple(map(Tensor, table)), weights)
     want = answer(*made, 0.01)
     written = slots > 0
     for g, w in zip((got[0].numpy(), *(x.numpy()[written] for x in got[1:])),
@@ -250,7 +252,7 @@ IDS = np.random.default_rng(7).integers(0, 512, 30).tolist()
 
 def scores(model, cache=None, attend=None, parts=(9, 7)):
     "Scores of the last token of each part of a prompt; parts are padded."
-    cache, attend = cache or fused_cache(model, 3), attend or best_attend(model)
+    cache, attend = cache or best_cache(model, 3), attend or best_attend(model)
     out, start, ints = [], 0, dict(dtype=dtypes.int32, device=model.embedding.device)
     size = bucket(max(parts))
     for n in parts:
@@ -291,7 +293,7 @@ def test_a_fused_model_has_the_same_scores_and_tokens(changes):
     model = plain(**changes)
     quick = fused(model)
     assert distance(scores(quick), oracle(model)) < 1e-4
-    assert isinstance(fused_cache(quick, 3), FusedKVCache) and len(quick.layers[0].qkv) == 1
+    assert isinstance(best_cache(quick, 3), FusedKVCache) and len(quick.layers[0].qkv) == 1
     assert_greedy(quick, model)
     assert weight_bytes(quick) == weight_bytes(model) and kv_bytes(quick) == kv_bytes(model)
 
@@ -337,7 +339,7 @@ def test_any_other_cache_serves():
 def test_what_the_kernel_refuses_is_done_portably():
     quick, want = fused(plain(model_type='qwen3')), None
     for device in (None, 'refused'):
-        cache = fused_cache(quick, 3)
+        cache = best_cache(quick, 3)
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter('always')
             if device:
@@ -386,7 +388,7 @@ def step(model, context, tokens=1):
     for t in vars(batch).values():
         if isinstance(t, Tensor):
             t.realize()
-    cache, attend = fused_cache(model, blocks + 1), best_attend(model)
+    cache, attend = best_cache(model, blocks + 1), best_attend(model)
     with Context(SPLIT_REDUCEOP=0), counting() as counts:
         model(batch, cache, attend).realize()
     return counts
@@ -463,7 +465,7 @@ def test_smollm2_says_what_it_must(smollm, golden):
     tokens, positions, slots, owners = (Tensor(np.pad(row, (0, size - T)).tolist(), **ints) for row in rows)
     batch = PagedBatch(tokens, positions, Tensor(list(range(n - 1, T)), **ints), 0, slots,
                        Tensor([list(range(1, blocks + 1))], **ints), owners, Tensor([0, T], **ints))
-    logits = smollm(batch, fused_cache(smollm, blocks + 1), best_attend(smollm)).numpy().astype('f8')
+    logits = smollm(batch, best_cache(smollm, blocks + 1), best_attend(smollm)).numpy().astype('f8')
     logp = logits - logits.max(-1, keepdims=True)
     logp -= np.log(np.exp(logp).sum(-1, keepdims=True))
     assert logp.argmax(-1).tolist() == golden['greedy_ids']

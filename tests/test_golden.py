@@ -8,8 +8,8 @@ import pytest
 from tinyvllm.reference.generate import Generation, bucket, generate, same_greedy
 from tinyvllm.reference.kvcache import KVCache
 from tinyvllm.models.llama import InputBatch, NoCache, dense_attend, load_model, weight_bytes
-from tinyvllm.models.tokenizer import load_tokenizer
-from tinyvllm.models.weights import resolve
+from tinyvllm.models.tokenizer_files import load_tokenizer
+from tinyvllm.models.hub import resolve
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'smollm2.json').read_text())['items']
 NAMES = [g['name'] for g in GOLDEN]

@@ -262,7 +262,7 @@ def test_the_dispatch_takes_them_without_a_warning():
     quant = pytest.importorskip('tinyvllm.quant.pack')
     rng = np.random.default_rng(0)
     weight, x = rng.standard_normal((48, 64)).astype(np.float32), rng.standard_normal((3, 64)).astype(np.float16)
-    for w in (quant.quantize(metal(weight), 'int4-g32'), quant.dense(metal(weight.astype(np.float16)))):
+    for w in (quant.quantize(metal(weight), 'int4-g32'), quant.pack_dense(metal(weight.astype(np.float16)))):
         with warnings.catch_warnings(), counting() as counts:
             warnings.simplefilter('error')
             got, gated = quant.linear(metal(x), w).numpy(), quant.swiglu(metal(x), w).numpy()

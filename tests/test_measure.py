@@ -10,8 +10,9 @@ from hypothesis import given, strategies as st
 from tinygrad import Tensor
 
 from tinyvllm.errors import BadInput
-from tinyvllm.measure import (LadderRow, Roof, Stopwatch, Timing, append_row, counting, ladder_row, ladder_table,
-                              measure_stream, peak_memory, plot_ladder, read_bandwidth, read_rows, timed)
+from tinyvllm.measure import (LadderRow, Roof, Stopwatch, Timing, append_row, bandwidth, counting, ladder_row,
+                              ladder_table, measure_stream, measured_roof, peak_memory, plot_ladder, read_bandwidth,
+                              read_rows, timed)
 
 ROW = LadderRow('01', '01_greedy', 'abacus', 'CPU', 'tiny', 'float32', '8+8', 0.5, 2.0, 60, 700_000,
                 20., 37., 0.054, 3, True, commit='none', date='2026-01-01')
@@ -71,36 +72,50 @@ def test_stopwatch():
     watch.stamps = [0.0, 2.0]
     assert watch.ttft_s == 2.0 and watch.decode_tok_s is None
     watch.stamps += [2.5, 3.0]
+    assert watch.decode_tok_s is None      # two steps, of which the last may have been computed before
+    watch.stamps += [3.01]
     assert watch.decode_tok_s == 2.0
+
+
+def test_tokens_that_came_together_are_one_step(monkeypatch):
+    seconds = iter([0.0, 1.0, 3.0, 5.0, 5.1])
+    monkeypatch.setattr('tinyvllm.measure.time.perf_counter', lambda: next(seconds))
+    watch = Stopwatch()
+    for tokens in (3, 4, 4):
+        watch.lap(tokens)
+    assert watch.ttft_s == 1.0 and watch.decode_tok_s is None and len(watch.stamps) == 12
+    watch.lap()
+    assert watch.decode_tok_s == 2.0       # eight tokens between the first step and the last but one
 
 
 def test_measure_stream_counts_the_last_token_only():
     x = Tensor.ones(4).contiguous().realize()
 
     def stream():
-        for n in (3, 1, 2):
+        for n in (3, 1, 4, 2):
             for _ in range(n):
                 (x + n).realize()
             yield n
     result = measure_stream(stream)
-    assert result.tokens == [3, 1, 2] and result.kernels_per_token == 2 and result.bytes_per_token == 2 * 32
-    with pytest.raises(ValueError, match='needs two'):
-        measure_stream(lambda: iter([7]))
+    assert result.tokens == [3, 1, 4, 2] and result.kernels_per_token == 2 and result.bytes_per_token == 2 * 32
+    with pytest.raises(ValueError, match='3 items; a speed needs four'):
+        measure_stream(lambda: iter([7, 7, 7]))
 
 
-@pytest.mark.parametrize('steps, tokens', [([[1, 2], [3, 4], [5, 6]], 4), ([[1], [2, 3, 4], [5]], 4), ([1, 2, 3], 2)])
-def test_measure_stream_counts_all_tokens_after_the_first_item(steps, tokens, monkeypatch):
+@pytest.mark.parametrize('steps, tokens', [
+    ([[1, 2], [3, 4], [5, 6], [7, 8]], 4), ([[1], [2, 3, 4], [5], [6, 7]], 4), ([1, 2, 3, 4], 2), ([1, 2, 3, 4, 5], 3)])
+def test_measure_stream_counts_all_tokens_between_the_first_item_and_the_last(steps, tokens, monkeypatch):
     seconds = iter(range(100))
     monkeypatch.setattr('tinyvllm.measure.time.perf_counter', lambda: float(next(seconds)))
     result = measure_stream(lambda: iter(steps))
-    assert result.decode_tok_s == tokens / (len(steps) - 1) and result.ttft_s == 1
+    assert result.decode_tok_s == tokens / (len(steps) - 2) and result.ttft_s == 1
     assert result.tokens == [t for step in steps for t in (step if isinstance(step, list) else [step])]
 
 
 def test_requests_share_the_kernels_of_a_step():
     def stream(n):
         x = Tensor([1] * n).contiguous().realize()
-        for _ in range(2):
+        for _ in range(4):
             for _ in range(4):
                 y = (x + 1).realize()
             yield y.tolist()
@@ -146,7 +161,7 @@ def test_a_broken_ladder_line_is_named(tmp_path, line):
 
 def test_ladder_row_takes_the_median_run(monkeypatch):
     monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 10e9)
-    runs = [replace(measure_stream(lambda: iter([1, 2])), decode_tok_s=v) for v in (5.0, 1.0, 2.0)]
+    runs = [replace(measure_stream(lambda: iter([1, 2, 3, 4])), decode_tok_s=v) for v in (5.0, 1.0, 2.0)]
     row = ladder_row(runs, weights=10**9, kv=0, rung='01', notebook='n', model='m', dtype='float32',
                      workload='1+2', greedy_equal=True)
     assert (row.decode_tok_s, row.roof_tok_s, row.roof_share, row.median_of) == (2.0, 10.0, 0.2, 3)
@@ -154,3 +169,18 @@ def test_ladder_row_takes_the_median_run(monkeypatch):
     together = ladder_row(runs, weights=10**9, kv=10**8, requests=10, rung='04a', notebook='n', model='m',
                           dtype='float32', workload='1+2', greedy_equal=True)
     assert (together.requests, together.roof_tok_s) == (10, 50.0) and row.requests == 1
+
+
+@pytest.mark.parametrize('tok_s, limit', [(5.0, 10.0), (10.0, 10.0), (30.0, 30.0)])
+def test_a_run_never_exceeds_its_limit(tok_s, limit, monkeypatch):
+    "What a run reads, the machine can read: a slower probe was disturbed, or the weights are in a cache."
+    monkeypatch.setattr('tinyvllm.measure.bandwidth', lambda *a: 10e9)
+    roof = measured_roof(tok_s, weights=10**9)
+    assert roof.tok_s == pytest.approx(limit) and roof.share(tok_s) == pytest.approx(tok_s / limit)
+    assert measured_roof(tok_s, 9 * 10**8, kv=10**8, batch=2).share(tok_s) <= 1 and Roof(1e9, 10**9).share(28.3) == 1
+
+
+def test_the_limit_of_a_cpu_is_what_the_cores_in_use_can_read(monkeypatch):
+    asked = []
+    monkeypatch.setattr('tinyvllm.measure.read_bandwidth', lambda threads: asked.append(threads) or 1e10)
+    assert bandwidth('CPU') == 1e10 and asked == [1]

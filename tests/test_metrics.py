@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from tinyvllm.server import metrics as module
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.engine.llm import LLMEngine
-from tinyvllm.engine.async_llm import AsyncEngine
+from tinyvllm.engine.async_llm import AsyncLLM
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import model_config
@@ -70,7 +70,7 @@ def random_run(engine, plan, rng):
 @given(plan=PLANS, blocks=st.integers(14, 40), seed=st.integers(0, 999))
 def test_counters_are_the_sums(more, plan, blocks, seed):
     engine, batches = make(blocks, **more), []
-    metered(engine, metrics := Metrics())
+    engine = metered(engine, metrics := Metrics())
     schedule = engine.scheduler.schedule
 
     def noting():
@@ -109,12 +109,12 @@ def test_times_add_up(more, plan, seed):
     engine, last, gaps = make(**more), {}, []
 
     class Noting(Metrics):
-        def spoke(self, request, index, tokens):
-            super().spoke(request, index, tokens)
+        def record_tokens(self, request, index, tokens):
+            super().record_tokens(request, index, tokens)
             now = request.output.metrics.stamps[-1]
             if not index and request in last: gaps.append(now - last[request])
             if not index: last[request] = now
-    metered(engine, metrics := Noting())
+    engine = metered(engine, metrics := Noting())
     outputs = [o for o in random_run(engine, plan, random.Random(seed)) if o.outputs[0].token_ids]
     h = {name.removesuffix('_seconds'): h.sum for name, h in metrics.tally.histograms.items()}
     laps = [o.metrics.stamps for o in outputs]
@@ -155,7 +155,7 @@ def test_the_parts_of_a_step(monkeypatch):
     plan.schedule = lambda: (work(1), schedule())[1]
     plan.update_from_output = lambda *a: (work(3, waiting=20), update(*a))[1]
     monkeypatch.setattr(module.time, 'perf_counter', lambda: now.s)
-    metered(engine, metrics := Metrics())
+    engine = metered(engine, metrics := Metrics())
     engine.add_request('a', [1] * 20, SamplingParams(max_tokens=3, ignore_eos=True))
     while engine.has_unfinished_requests(): engine.step()
     steps = metrics.snapshot()['steps']
@@ -168,13 +168,13 @@ def test_preemptions_before_it_counted_are_not_its_own():
     engine = make(blocks=9)
     random_run(engine, [(9, 12, 1, False)] * 4, random.Random(3))
     assert engine.scheduler.preemptions
-    metered(engine, metrics := Metrics())
+    engine = metered(engine, metrics := Metrics())
     assert metrics.snapshot()['preemptions'] == 0
 
 
 def test_hits_are_at_most_queries():
     engine = make()
-    metered(engine, metrics := Metrics())
+    engine = metered(engine, metrics := Metrics())
     for i, cached in enumerate((0, 8, 4)):
         out = engine.add_request(i, [5] * 9, SamplingParams(max_tokens=2, ignore_eos=True))
         out.num_cached_tokens = cached
@@ -187,7 +187,7 @@ def test_hits_are_at_most_queries():
 # --- readers on an event loop ----------------------------------------------------------------------------
 
 def test_streams_are_counted():
-    "Through `AsyncEngine`: what the readers got is what was counted, and one who leaves has aborted."
+    "Through `AsyncLLM`: what the readers got is what was counted, and one who leaves has aborted."
     def slow(batch):
         time.sleep(0.002)
         return runner(batch)
@@ -202,7 +202,7 @@ def test_streams_are_counted():
         return out
 
     async def everybody():
-        engine = AsyncEngine(metered(make(run=slow), metrics))
+        engine = AsyncLLM(metered(make(run=slow), metrics))
         try:
             outs = await asyncio.gather(*(read(engine, i) for i in range(8)))
             while engine.engine.core.scheduler.running: await asyncio.sleep(0.01)

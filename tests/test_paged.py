@@ -14,7 +14,7 @@ from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import Llama, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
 from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend, stored
-from tinyvllm.engine.args import EngineArgs, activation_bytes, free_memory, pool_blocks
+from tinyvllm.engine.args import EngineArgs, estimate_activation_bytes, read_free_memory, size_pool
 from tinyvllm.runner.eager import EagerRunner
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.core.scheduler import Scheduler
@@ -133,12 +133,12 @@ def test_a_step_reads_weights_once_and_no_more_of_the_pool_than_it_uses(model):
 
 
 def test_pool_is_sized_by_what_is_free(model, monkeypatch):
-    block, args = 16 * kv_bytes(model), EngineArgs(max_num_seqs=4).on('CPU')
-    reserve = activation_bytes(model.config, args)
+    block, args = 16 * kv_bytes(model), EngineArgs(max_num_seqs=4).with_step_limit('CPU')
+    reserve = estimate_activation_bytes(model.config, args)
 
     def with_memory(free, **change):
-        monkeypatch.setattr(args_module, 'free_memory', lambda device: free)
-        return pool_blocks(model, EngineArgs(max_num_seqs=4, **change))
+        monkeypatch.setattr(args_module, 'read_free_memory', lambda device: free)
+        return size_pool(model, EngineArgs(max_num_seqs=4, **change))
     assert with_memory(10**9) == 4 * 256 // 16 + 1            # no more than four contexts
     free = -(-(reserve + 20 * block) * 10 // 9)               # nine tenths of it: 20 blocks are left
     assert with_memory(free) == 20
@@ -151,8 +151,8 @@ def test_pool_is_sized_by_what_is_free(model, monkeypatch):
 
 def test_memory_of_a_card_is_read_from_nvidia_smi(monkeypatch):
     monkeypatch.setattr(subprocess, 'check_output', lambda command, text: '80000\n100\n')
-    assert free_memory('CUDA') == 80000 * 2**20
-    assert free_memory('CPU') > 0
+    assert read_free_memory('CUDA') == 80000 * 2**20
+    assert read_free_memory('CPU') > 0
 
 
 STEP = '''
@@ -178,7 +178,7 @@ before = peak_memory()
 for _ in range(2):
     batch = scheduler.schedule()
     scheduler.update_from_output(batch, runner(batch))
-print(peak_memory() - before, activation_bytes(model.config, args))
+print(peak_memory() - before, estimate_activation_bytes(model.config, args))
 '''
 
 

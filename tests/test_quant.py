@@ -1,5 +1,4 @@
 "Packed weights: the same numbers as the files, rounding that is as good as it claims, and refusals by name."
-import json
 import warnings
 
 import gguf
@@ -10,11 +9,15 @@ from hypothesis import given, settings, strategies as st
 from tinygrad import Device, Tensor, dtypes
 
 from tinyvllm.quant import pack as Q
+from tinyvllm.quant.calibrate import log_likelihoods, observe_inputs
+from tinyvllm.quant.formats import REPACK, format_of, pack_2bit, pack_4bit
+from tinyvllm.quant.load import load_packed, open_packed, packed_state
 from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import InputBatch, Llama, NoCache, dense_attend, model_config, weight_bytes
 from tinyvllm.kv_cache.paged import paged_attend
-from tinyvllm.models.weights import (BLOCKS, Entry, open_checkpoint, read_tensor, resolve,
-                              save_safetensors, tiny_checkpoint)
+from tinyvllm.models.weights import open_checkpoint, read_tensor, save_safetensors, tiny_checkpoint
+from tinyvllm.models.hub import resolve
+from tinyvllm.models.headers import BLOCKS, Entry
 
 HALVES = {'Q4_0': [0], 'Q4_1': [0, 2], 'Q5_0': [0], 'Q8_0': [0], 'Q4_K': [0, 2], 'Q6_K': [208]}
 OWN = ['int8', 'int8-g32', 'int4-g32', 'int4-g64', 'int4-g128', 'int4-g32-zp', 'int4-g128-zp', 'q4_1']
@@ -55,25 +58,25 @@ def relative(got, want):
 @pytest.mark.parametrize('name', ['int3', 'int4', 'int8-zp', 'int8-g32-zp', 'q4', '', None, 'INT8', 'int4-g', 'int4-g-32'])
 def test_unknown_name(name):
     with pytest.raises(BadInput, match='unknown; use int8'):
-        Q.format_of(name)
+        format_of(name)
 
 
 @pytest.mark.parametrize('name', ['int4-g0', 'int4-g16', 'int4-g33', 'int8-g48'])
 def test_group_is_a_multiple_of_32(name):
     with pytest.raises(BadInput, match='multiple of 32'):
-        Q.format_of(name)
+        format_of(name)
 
 
 @pytest.mark.parametrize('name,bits', [('int8', 8.0078125), ('int8-g32', 8.5), ('int4-g32', 4.5), ('int4-g128', 4.125),
                                        ('int4-g32-zp', 4.75), ('q4_1', 5), ('q4_k', 4.625), ('q6_k', 6.5625),
                                        ('f16', 16), ('f32', 32), ('bf16', 16)])
 def test_bits_per_weight(name, bits):
-    assert Q.format_of(name).nbytes((64, 2048)) * 8 == bits * 64 * 2048
+    assert format_of(name).nbytes((64, 2048)) * 8 == bits * 64 * 2048
 
 
 # --- GGUF
 
-@pytest.mark.parametrize('kind', Q.REPACK)
+@pytest.mark.parametrize('kind', REPACK)
 @pytest.mark.parametrize('heads', [0, 4])
 def test_gguf_stays_exact(tmp_path, kind, heads):
     raw = blocks(kind, 16, 512)
@@ -109,9 +112,9 @@ def _entry_in_memory(raw, kind='Q4_1'):
 def test_six_bits_order():
     rng = np.random.default_rng(0)
     q = rng.integers(0, 64, (3, 256), dtype=np.uint8)
-    parts = tuple(Tensor(x) for x in (Q.pack_nibbles(q & 15), Q.pack_crumbs(q >> 4), np.ones((3, 1), np.float16),
+    parts = tuple(Tensor(x) for x in (pack_4bit(q & 15), pack_2bit(q >> 4), np.ones((3, 1), np.float16),
                                       np.ones((3, 16), np.int8)))
-    packed = Q.Packed(Q.format_of('q6_k'), (3, 256), parts)
+    packed = Q.Packed(format_of('q6_k'), (3, 256), parts)
     assert (packed.codes().numpy() == q).all()
     assert (packed.dequantize().numpy() == q.astype(int) - 32).all()
     low, high = parts[0].numpy()[0], parts[1].numpy()[0]
@@ -129,7 +132,7 @@ def test_gguf_damaged_scale(kind):
 
 def test_smollm2_stays_packed():
     checkpoint = open_checkpoint(resolve('smollm2'))
-    config, state = Q.load_packed(checkpoint)
+    config, state = load_packed(checkpoint)
     assert config.tie_word_embeddings and 'lm_head.weight' not in state
     stored = sum(e.nbytes for e in checkpoint.entries.values())
     assert sum(p.nbytes() for p in state.values()) == stored
@@ -198,13 +201,13 @@ def test_q4_1_of_a_q4_1_file_changes_nothing():
 
 
 @pytest.mark.parametrize('name', ['int4-g32', 'int4-g64', 'int4-g32-zp', 'q4_1'])
-def test_care_lowers_the_weighted_error(name):
-    w, care = matrix(64, 256), np.random.default_rng(1).lognormal(0, 2, 256).astype(np.float32)
+def test_importance_lowers_the_weighted_error(name):
+    w, importance = matrix(64, 256), np.random.default_rng(1).lognormal(0, 2, 256).astype(np.float32)
     def weighted(packed):
-        return ((packed.dequantize().numpy() - w) ** 2 * care).sum()
-    with_care, without = (weighted(Q.quantize(Tensor(w), name, care=c)) for c in (Tensor(care).realize(), None))
-    assert with_care < 0.9 * without
-    assert weighted(Q.quantize(Tensor(w), name, care=Tensor.ones(256).contiguous().realize())) == without
+        return ((packed.dequantize().numpy() - w) ** 2 * importance).sum()
+    weighed, plain = (weighted(Q.quantize(Tensor(w), name, importance=c)) for c in (Tensor(importance).realize(), None))
+    assert weighed < 0.9 * plain
+    assert weighted(Q.quantize(Tensor(w), name, importance=Tensor.ones(256).contiguous().realize())) == plain
 
 
 @pytest.mark.parametrize('name', ['int4-g32', 'int8-g32'])
@@ -247,7 +250,7 @@ def test_refuses_what_is_no_matrix_of_floats():
 
 def operands(name, rows=12, columns=256, tokens=3):
     rng = np.random.default_rng(1)
-    w = Q.dense(Tensor(matrix(rows, columns, 2, 0.1))) if name == 'f32' else Q.quantize(Tensor(matrix(rows, columns, 2, 0.1)), name)
+    w = Q.pack_dense(Tensor(matrix(rows, columns, 2, 0.1))) if name == 'f32' else Q.quantize(Tensor(matrix(rows, columns, 2, 0.1)), name)
     return w, *(rng.standard_normal(s).astype(np.float32) for s in ((tokens, columns), columns, rows, (tokens, rows)))
 
 
@@ -282,13 +285,13 @@ def test_half_stays_half(portable):
     assert got.dtype == dtypes.half
 
 
-def test_concat():
+def test_concat_rows():
     parts = [Q.quantize(Tensor(matrix(n, 64, n)), 'int4-g32') for n in (8, 4, 2)]
-    whole = Q.concat(parts)
+    whole = Q.concat_rows(parts)
     assert whole.shape == (14, 64)
     assert (whole.dequantize().numpy() == np.concatenate([p.dequantize().numpy() for p in parts])).all()
-    assert Q.concat([parts[0], Q.quantize(Tensor(matrix(4, 64)), 'int8')]) is None
-    assert Q.concat([parts[0], Q.quantize(Tensor(matrix(4, 96)), 'int4-g32')]) is None
+    assert Q.concat_rows([parts[0], Q.quantize(Tensor(matrix(4, 64)), 'int8')]) is None
+    assert Q.concat_rows([parts[0], Q.quantize(Tensor(matrix(4, 96)), 'int4-g32')]) is None
 
 
 @pytest.mark.parametrize('wrong,name', [
@@ -315,9 +318,9 @@ def logits(tiny):
     return ids, Llama(*tiny)(InputBatch.of(ids, rows=list(range(33))), NoCache(), dense_attend).numpy().astype(np.float64)
 
 
-def foreseen(model, ids):
+def likelihoods(model, ids):
     "Through the kernels that the device has, with portable attention."
-    return Q.log_likelihoods(model, ids, paged_attend, chunk=32)
+    return log_likelihoods(model, ids, paged_attend, chunk=32)
 
 
 def true_likelihoods(ids, logits):
@@ -328,8 +331,8 @@ def true_likelihoods(ids, logits):
 def test_log_likelihoods(tiny, logits):
     ids, dense = logits
     want, best = true_likelihoods(ids, dense)
-    for said, likeliest in (Q.log_likelihoods(Llama(*tiny), ids, paged_attend, chunk=16), foreseen(Llama(*tiny), ids)):
-        np.testing.assert_allclose(said, want, atol=1e-4)
+    for found, likeliest in (log_likelihoods(Llama(*tiny), ids, paged_attend, chunk=16), likelihoods(Llama(*tiny), ids)):
+        np.testing.assert_allclose(found, want, atol=1e-4)
         assert (likeliest == best).all()
 
 
@@ -337,10 +340,10 @@ def test_log_likelihoods(tiny, logits):
 def test_packed_llama(tiny, logits, quant, limit):
     config, state = tiny
     ids, dense = logits
-    packed = Q.packed_state(state, quant)
+    packed = packed_state(state, quant)
     assert all(p.dtype == dtypes.float for n, p in packed.items() if len(p.shape) == 1)
     model = Q.PackedLlama(config, packed)
-    assert np.abs(foreseen(model, ids)[0] - true_likelihoods(ids, dense)[0]).mean() < limit
+    assert np.abs(likelihoods(model, ids)[0] - true_likelihoods(ids, dense)[0]).mean() < limit
     if quant == 'int4-g32':
         assert packed['lm_head.weight'].format.name == packed['model.embed_tokens.weight'].format.name == 'int8-g32'
         assert packed['model.layers.0.mlp.up_proj.weight'].format.name == 'int4-g32'
@@ -348,32 +351,32 @@ def test_packed_llama(tiny, logits, quant, limit):
         assert weight_bytes(model) < 0.4 * weight_bytes(Llama(config, state))
 
 
-def test_input_squares(tiny):
+def test_observe_inputs(tiny):
     config, state = tiny
     ids = [5, 6, 7, 300, 12]
-    seen = Q.input_squares(Llama(config, state), ids)
+    seen = observe_inputs(Llama(config, state), ids)
     inputs = {n for n in state if 'proj.weight' in n}
     assert set(seen) == inputs
-    x = state['model.embed_tokens.weight'].numpy()[ids[:-1]].astype(np.float64)    # the last token is only foreseen
+    x = state['model.embed_tokens.weight'].numpy()[ids[:-1]].astype(np.float64)    # the last token is only predicted
     norm = state['model.layers.0.input_layernorm.weight'].numpy()
     want = ((x / np.sqrt((x ** 2).mean(-1, keepdims=True) + config.rms_norm_eps) * norm) ** 2).mean(0)
     np.testing.assert_allclose(seen['model.layers.0.self_attn.k_proj.weight'].numpy(), want, rtol=1e-4)
 
 
 def test_a_sample_is_read_where_there_is_a_tokenizer(folder, tmp_path):
-    config, plain = Q.load_packed(folder, 'int4-g32', sample='')
-    _, cared = Q.load_packed(folder, 'int4-g32', sample='a text')
+    config, plain = load_packed(folder, 'int4-g32', sample='')
+    _, weighed = load_packed(folder, 'int4-g32', sample='a text')
     name = 'model.layers.1.mlp.down_proj.weight'
-    assert (plain[name].parts[0].numpy() != cared[name].parts[0].numpy()).any()
+    assert (plain[name].parts[0].numpy() != weighed[name].parts[0].numpy()).any()
     save_safetensors(tmp_path / 'm', *tiny_checkpoint(seed=0))
     with pytest.warns(UserWarning, match='all columns are rounded alike'):
-        _, without = Q.load_packed(tmp_path / 'm', 'int4-g32')
+        _, without = load_packed(tmp_path / 'm', 'int4-g32')
     assert (plain[name].parts[0].numpy() == without[name].parts[0].numpy()).all()
 
 
 def test_unknown_quantisation_before_anything_is_read(tmp_path):
     with pytest.raises(BadInput, match="'int5' is unknown"):
-        Q.packed_state({}, 'int5')
+        packed_state({}, 'int5')
 
 
 def test_nan_in_a_file_is_named(tmp_path):
@@ -384,111 +387,7 @@ def test_nan_in_a_file_is_named(tmp_path):
     save_safetensors(tmp_path / 'm', config, {**state, name: Tensor(broken)})
     for quant in (None, 'int8'):
         with pytest.raises(BadInput, match=f'{name} holds NaN'):
-            Q.load_packed(tmp_path / 'm', quant)
-
-
-# --- AWQ and GPTQ, packed here by the published rules, one weight at a time
-
-def pack_awq(codes):    # (A, N) -> (A, N/8): nibble i of a word holds column ORDER[i]
-    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
-    for i, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):
-        words |= codes[:, column::8].astype(np.uint32) << np.uint32(4 * i)
-    return words.view(np.int32)
-
-
-def pack_plain(codes):  # (A, N) -> (A, N/8): nibble i of a word holds column i
-    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
-    for i in range(8):
-        words |= codes[:, i::8].astype(np.uint32) << np.uint32(4 * i)
-    return words.view(np.int32)
-
-
-def foreign_model(folder, method, group=32, order=None, version='gptq', zeros=None, drop='', **settings):
-    config, state = tiny_checkpoint(seed=0)
-    rng, want, files = np.random.default_rng(3), {}, {}
-    for name, t in state.items():
-        if 'proj' not in name:
-            files[name] = want[name] = t
-            continue
-        N, K = t.shape
-        G = K if group < 0 else group
-        q, z = rng.integers(0, 16, (K, N)), rng.integers(1, 16, (K // G, N)) if zeros is None else np.full((K // G, N), zeros)
-        s = rng.uniform(0.005, 0.02, (K // G, N)).astype(np.float16)
-        want[name] = ((q - z.repeat(G, 0)) * s.repeat(G, 0).astype(np.float32)).T
-        stem = name[:-7]
-        if method == 'awq':
-            files |= {f'{stem}.qweight': pack_awq(q), f'{stem}.qzeros': pack_awq(z)}
-        else:
-            stored = z - (version == 'gptq')
-            files |= {f'{stem}.qweight': pack_plain(q.T).T.copy(), f'{stem}.qzeros': pack_plain(stored)}
-            files[f'{stem}.g_idx'] = np.arange(K, dtype=np.int32) // G if order is None else order(K, G)
-        files[f'{stem}.scales'] = s
-    files = {n: t if isinstance(t, Tensor) else Tensor(t) for n, t in files.items() if not drop or drop not in n}
-    settings = {'quant_method': method, 'bits': 4, 'group_size': group, **settings}
-    if method == 'gptq':
-        settings['checkpoint_format'] = version
-    save_safetensors(folder, {**config, 'quantization_config': settings}, files)
-    return want
-
-
-@pytest.mark.parametrize('method,extra', [
-    ('awq', {}), ('awq', {'group': 64}), ('awq', {'group': -1}), ('awq', {'version': 'GEMM'}), ('gptq', {}), ('gptq', {'group': -1}),
-    ('gptq', {'version': 'gptq_v2'}), ('gptq', {'zeros': 8, 'sym': True})])
-def test_foreign(tmp_path, method, extra):
-    if method == 'awq' and 'version' in extra:
-        extra = {}
-    want = foreign_model(tmp_path / 'm', method, **extra)
-    config, state = Q.load_packed(tmp_path / 'm')
-    assert set(state) == set(want)
-    for name, w in want.items():
-        got = state[name] if isinstance(state[name], Tensor) else state[name].dequantize()
-        assert (got.numpy() == (w.numpy() if isinstance(w, Tensor) else w)).all(), name
-    packed = state['model.layers.0.mlp.down_proj.weight']
-    assert packed.format.scales == 'zero' and packed.nbytes() < packed.shape[0] * packed.shape[1] * 0.62
-
-
-def test_foreign_in_a_file_of_any_name(tmp_path):
-    foreign_model(tmp_path / 'm', 'gptq')
-    before = Q.open_packed(tmp_path / 'm')
-    file = (tmp_path / 'm' / 'model.safetensors').rename(tmp_path / 'm' / 'gptq_model-4bit-32g.safetensors')
-    for path in (tmp_path / 'm', file):
-        found = Q.open_packed(path)
-        assert found.path == file and found.config == before.config and found.names == before.names
-
-
-def test_gptq_writers_that_forgot_to_subtract(tmp_path):
-    want = foreign_model(tmp_path / 'm', 'gptq', version='gptq_v2', zeros=8, sym=True)
-    config = json.loads((tmp_path / 'm' / 'config.json').read_text())
-    config['quantization_config']['checkpoint_format'] = 'gptq'     # says so, and holds 8 where 7 belongs
-    (tmp_path / 'm' / 'config.json').write_text(json.dumps(config))
-    name = 'model.layers.0.mlp.up_proj.weight'
-    assert (Q.load_packed(tmp_path / 'm')[1][name].dequantize().numpy() == want[name]).all()
-
-
-def test_foreign_then_requantised(tmp_path):
-    want = foreign_model(tmp_path / 'm', 'awq')
-    name = 'model.layers.0.mlp.up_proj.weight'
-    packed = Q.load_packed(tmp_path / 'm', 'int8-g32')[1][name]
-    assert packed.format.name == 'int8-g32' and relative(packed.dequantize().numpy(), want[name]) < 0.01
-
-
-@pytest.mark.parametrize('method,extra,message', [
-    ('gptq', {'order': lambda K, G: (np.arange(K, dtype=np.int32) // G)[::-1].copy()}, r'permuted \(desc_act\).*desc_act=false'),
-    ('gptq', {'bits': 8}, "unknown quantisation 'gptq' of 8 bits"), ('awq', {'bits': 3}, "unknown quantisation 'awq' of 3 bits"),
-    ('awq', {'drop': 'mlp.up_proj.scales'}, 'up_proj.scales is missing'), ('awq', {'drop': 'mlp.up_proj.qweight'}, 'missing'),
-    ('gptq', {'group_size': 24}, 'no multiple of 32'), ('gptq', {'group_size': 64}, 'does not fit'),
-    ('awq', {'version_': 'gemv'}, "version 'gemv' is unknown"), ('hqq', {}, "unknown quantisation 'hqq'")])
-def test_foreign_refusals(tmp_path, method, extra, message):
-    if 'version_' in extra:
-        extra = {}
-        foreign_model(tmp_path / 'm', method)
-        config = json.loads((tmp_path / 'm' / 'config.json').read_text())
-        config['quantization_config']['version'] = 'gemv'
-        (tmp_path / 'm' / 'config.json').write_text(json.dumps(config))
-    else:
-        foreign_model(tmp_path / 'm', method, **extra)
-    with pytest.raises(BadInput, match=message):
-        Q.load_packed(tmp_path / 'm')
+            load_packed(tmp_path / 'm', quant)
 
 
 # --- dispatch

@@ -1,19 +1,15 @@
-"""Graphs against the eager runner, request by request; and who waits for whom.
+"""Graphs against the eager runner, request by request; and what waits for what.
 
-The engine here has the model with fused kernels, graphs, sampling on the device and tokens that come a
+The engine here has the model with fused kernels, graphs, sampling on the device and tokens that are read a
 step late. Beside it stands the portable model, one token after the other, with `sampling` on the host.
 """
 import random
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from tinygrad import Device, Tensor, TinyJit
 
 from test_scheduler import EOS, alone, next_token, prompt
-from tinyvllm.runner import jit as runner
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.engine.defaults import make_engine
 from tinyvllm.errors import BadInput
@@ -21,17 +17,15 @@ from tinyvllm.engine.defaults import best_attend, best_cache
 from tinyvllm.models.fused import fused
 from tinyvllm.reference.generate import same_greedy
 from tinyvllm.models.llama import Llama, model_config
-from tinyvllm.measure import counting
-from tinyvllm.kernels.metal import Kernel
 from tinyvllm.runner.eager import EagerRunner
-from tinyvllm.runner.jit import ARGUMENTS, CPUGraph, JitRunner, Mail, graph_shape, power_of_four
+from tinyvllm.runner.graphs import Replay
+from tinyvllm.runner.jit import JitRunner, next_power_of_four, pad_shape
+from tinyvllm.runner.sampled_tokens import SampledTokenBuffer
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.core.scheduler import Scheduler
 from tinyvllm.core.sequence import Sequence, SequenceStatus
 from tinyvllm.models.weights import tiny_checkpoint
-
-cpu_only = pytest.mark.skipif(Device.DEFAULT != 'CPU', reason='the graph of the CPU')
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +76,7 @@ def mixed(n, vocab, seed=0):
 # --- the same tokens --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('sizes', [dict(), dict(num_scheduler_steps=4), dict(num_blocks=9)])
-def test_mixed_requests_say_what_the_eager_engine_says(plain, model, sizes):
+def test_mixed_requests_get_the_tokens_of_the_eager_engine(plain, model, sizes):
     prompts, params = mixed(8, plain.config.vocab_size)
     want, slow = answers(eager(plain), prompts, params)
     engine = make_engine(model, **(dict(num_blocks=200, max_num_seqs=4, max_num_batched_tokens=32) | sizes))
@@ -114,7 +108,7 @@ def test_greedy_tokens_over_all_buckets(plain, model, sizes):
     assert total == 40 + 93 * sum(sizes[1:])
 
 
-def test_a_seed_says_the_same_alone_and_in_company(engine, model):
+def test_a_seed_gives_the_same_tokens_alone_and_in_company(engine, model):
     "Bit for bit: no kernel lets a row see how many others there are."
     prompts, params = mixed(10, model.config.vocab_size, seed=5)
     together = answers(engine, prompts, params)[0]
@@ -125,7 +119,7 @@ def test_a_seed_says_the_same_alone_and_in_company(engine, model):
 def test_broken_logits_end_one_request(plain):
     config, state = tiny_checkpoint(seed=3, num_hidden_layers=1)
     weights = state['model.embed_tokens.weight'].numpy()
-    weights[9] = np.nan    # the head is another matrix: only who reads token 9 is hurt
+    weights[9] = np.nan    # the head is another matrix: only sequences with token 9 are hurt
     model = fused(Llama(model_config(config), state))
     model.embedding.parts[0].uop.base.buffer.as_memoryview(force_zero_copy=True)[:] = memoryview(weights).cast('B')
     engine = make_engine(model, num_blocks=40, max_num_seqs=4)
@@ -137,10 +131,10 @@ def test_broken_logits_end_one_request(plain):
     assert not good.error and same_greedy(plain, [1, 2], good.outputs[0].token_ids)
 
 
-# --- the scheduler that hears late ------------------------------------------------------------------
+# --- tokens that arrive late --------------------------------------------------------------------------
 
 class Late:
-    "A device: it knows each sequence's tokens by itself, and speaks when asked."
+    "A device: it keeps each sequence's tokens by itself, and returns the new ones."
     def __init__(self):
         self.ids = {}
 
@@ -150,11 +144,11 @@ class Late:
             known = self.ids.setdefault(seq.id, list(seq.token_ids))
             assert known[:len(seq.token_ids)] == seq.token_ids and seq.num_computed + n <= len(known)
             assert len(batch.block_tables[i]) * batch.block_size >= seq.num_computed + n + batch.steps - 1
-            said = []
+            new = []
             for _ in range(batch.steps if batch.samples[i] else 0):
-                said.append(Sampled(next_token(known), 0.0, None))
-                known.append(int(said[-1]))
-            out.append(said)
+                new.append(Sampled(next_token(known), 0.0, None))
+                known.append(int(new[-1]))
+            out.append(new)
         return out
 
 
@@ -176,7 +170,7 @@ def test_late_tokens_change_no_answer(seed, steps, blocks, budget, seqs):
             aborted.add(victim := rng.choice(list(scheduler.sequences)))
             scheduler.abort(victim)
         reported += [s for s in scheduler.update_from_output(batch, device(batch)) if s.status is SequenceStatus.FINISHED]
-        if not waiting and not scheduler.sequences and not scheduler.finished and not any(b.seqs for b, _ in scheduler.outputs):
+        if not waiting and not scheduler.sequences and not scheduler.finished and not any(b.seqs for b, _ in scheduler.delayed):
             break
     assert sorted(s.id for s in reported) == sorted(s.id for s in requests)    # each once
     assert scheduler.blocks.num_free == blocks - 1
@@ -190,9 +184,9 @@ def test_late_tokens_change_no_answer(seed, steps, blocks, budget, seqs):
 
 def test_the_next_step_is_on_its_way_before_the_last_one_is_read(engine, monkeypatch):
     "No wait for the device between two replays: the trace of a request alone."
-    trace, run, read = [], engine.runner.launch, Mail.read
+    trace, run, read = [], engine.runner.launch, SampledTokenBuffer.read
     monkeypatch.setattr(engine.runner, 'launch', lambda *a: trace.append('launch') or run(*a))
-    monkeypatch.setattr(Mail, 'read', lambda *a: trace.append('read') or read(*a))
+    monkeypatch.setattr(SampledTokenBuffer, 'read', lambda *a: trace.append('read') or read(*a))
     answers(engine, [[1, 2, 3]], [SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)])
     assert trace == ['launch'] + ['launch', 'read'] * 4 + ['read']
 
@@ -224,81 +218,34 @@ def test_a_shape_is_captured_once(engine):
 
 
 def test_there_are_few_shapes():
-    assert [power_of_four(n, 16) for n in (1, 16, 17, 64, 65, 300)] == [16, 16, 64, 64, 256, 1024]
-    assert [graph_shape(n, n) for n in (1, 3, 64, 200)] == [(1, 1), (4, 4), (64, 64), (256, 256)]
-    assert [graph_shape(*s) for s in ((5, 1), (40, 2), (300, 17))] == [(16, 1), (64, 4), (512, 64)]
-
-
-@cpu_only
-def test_the_graph_of_the_cpu_is_one_call_and_takes_new_inputs(monkeypatch):
-    monkeypatch.setattr(Device['CPU'], 'graph', CPUGraph)
-    calls, call = [], CPUGraph.__call__
-    monkeypatch.setattr(CPUGraph, '__call__', lambda self, *a, **k: calls.append(len(self.calls)) or call(self, *a, **k))
-
-    @TinyJit
-    def f(x):
-        y = (x * 2).contiguous()
-        return ((y + 1).contiguous() * x).realize()
-    for i in range(5):
-        x = Tensor.full((100,), float(i)).contiguous().realize()
-        assert f(x).tolist() == [(2 * i + 1) * i] * 100
-    assert calls == [3] * 4
-
-
-@cpu_only
-def test_a_kernel_with_many_buffers_stays_outside_the_graph(monkeypatch):
-    monkeypatch.setattr(Device['CPU'], 'graph', CPUGraph)
-    n = ARGUMENTS + 1
-    names = [f'x{i}' for i in range(n)]
-    wide = Kernel(c='kernel void wide(device float* y, ' + ', '.join(f'device const float* {x}' for x in names) + ') { y[0] = '
-                  + ' + '.join(f'{x}[0]' for x in names) + '; }')
-    parts = [Tensor([float(i)]).realize() for i in range(n)]
-    total = TinyJit(lambda x: (wide((Tensor.empty(1)), *parts[:-1], x) + 1).realize())
-    for i in range(4):
-        assert total(Tensor([float(i)]).realize()).item() == sum(range(n - 1)) + i + 1
-
-
-def test_metal_is_waited_for_by_command_buffer(monkeypatch):
-    "A page may be torn until the buffer of its step has ended; later ones are not waited for."
-    waited = []
-
-    class Buffer:
-        pass
-    first, second, third = buffers = [Buffer() for _ in range(3)]
-    device = SimpleNamespace(mtl_buffers_in_flight=[*buffers])
-    monkeypatch.setitem(sys.modules, 'tinygrad.runtime.ops_metal', SimpleNamespace(wait_check=waited.append))
-    monkeypatch.setattr(runner, 'Device', {'METAL': device})
-    runner.await_metal('METAL', second)
-    assert waited == [second] and device.mtl_buffers_in_flight == [third]
-    runner.await_metal('METAL', first)    # tinygrad has forgotten it already
-    assert waited == [second, first] and device.mtl_buffers_in_flight == [third]
-
-
-def test_a_replay_does_not_wait_for_the_one_before():
-    "Metal's graph would, because it might have to change; it gives a receipt."
-    graph = SimpleNamespace(command_buffer='old', estimates=SimpleNamespace(mem=3, ops=5))
-    seen = []
-
-    def call(*args):
-        seen.append((args, graph.command_buffer))
-        graph.command_buffer = 'new'
-    replay = runner.Replay(lambda: None)
-    replay.graph = type('Graph', (), {'__call__': lambda self, *args: call(*args), 'estimates': graph.estimates,
-                                      'command_buffer': property(lambda self: graph.command_buffer,
-                                                                 lambda self, x: setattr(graph, 'command_buffer', x))})()
-    with counting() as counts:
-        assert replay() == 'new'
-    assert seen == [(((), {}), None)] and (counts.kernels, counts.nbytes) == (1, 3)
+    assert [next_power_of_four(n, 16) for n in (1, 16, 17, 64, 65, 300)] == [16, 16, 64, 64, 256, 1024]
+    assert [pad_shape(n, n) for n in (1, 3, 64, 200)] == [(1, 1), (4, 4), (64, 64), (256, 256)]
+    assert [pad_shape(*s) for s in ((5, 1), (40, 2), (300, 17))] == [(16, 1), (64, 4), (512, 64)]
 
 
 def test_a_capture_that_fails_leaves_the_numbers_in_step(model, monkeypatch):
     "The device counts what it has run; what never ran has no number."
     engine = make_engine(model, num_blocks=50, max_num_seqs=2)
     with monkeypatch.context() as broken:
-        broken.setattr(runner.Replay, 'first', lambda self: 1 / 0)
+        broken.setattr(Replay, 'run_first', lambda self: 1 / 0)
         engine.add_request('a', [1, 2, 3], SamplingParams(temperature=0, max_tokens=3))
         with pytest.raises(ZeroDivisionError):
             engine.step()
-    assert engine.runner.mail.ticket == 0
+    assert engine.runner.state.step_id == 0
     engine.fail(RuntimeError('the step failed'))
     assert answers(engine, [[1, 2, 3]], [SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)])[0][0][0][1] == 'length'
+
+
+def test_a_runner_without_constraints_refuses_one_sequence(plain):
+    "The others of the batch get their tokens."
+    cache = best_cache(plain, 20)
+    bare, greedy = JitRunner(plain, cache, best_attend(plain), max_num_seqs=2), SamplingParams(temperature=0, max_tokens=3)
+    scheduler = Scheduler(BlockManager(20, 16), 2, output_delay=1)
+    good, bad = [Sequence(i, [1, 2], greedy, logits_processors=object() if i else None) for i in range(2)]
+    scheduler.add(good)
+    scheduler.add(bad)
+    while scheduler.sequences:
+        batch = scheduler.schedule()
+        scheduler.update_from_output(batch, bare(batch))
+    assert isinstance(bad.error, BadInput) and bad.finish_reason == 'error'
+    assert good.error is None and same_greedy(plain, [1, 2], good.output_token_ids)

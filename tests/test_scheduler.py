@@ -151,7 +151,7 @@ def check_blocks(blocks):
     for table in blocks.tables.values():
         assert len(table.ids) == -(-table.length // blocks.block_size)
         for i in table.ids: refs[i] += 1
-    assert refs == [b.refs for b in blocks.pool.blocks] and refs[0] == 0
+    assert refs == [b.ref_count for b in blocks.pool.blocks] and refs[0] == 0
     assert blocks.num_free == sum(r == 0 for r in refs[1:])
     for table in blocks.tables.values():    # what is shared is full: nobody will write there
         assert all(refs[i] == 1 for i in table.ids[table.length // blocks.block_size:])

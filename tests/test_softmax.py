@@ -12,9 +12,10 @@ from tinyvllm import metalsim
 from tinyvllm.errors import BadInput
 from tinyvllm.metalsim import MetalError
 from tinyvllm.kv_cache.paged import PagedBatch
-from tinyvllm.kernels.softmax import (DECODE, FILL, MERGE_PARTIALS, MERGERS, PARTIALS, Partial, decode, decode_attend,
-                              decode_split, merge, part_size, seen, sizes)
+from tinyvllm.kernels.softmax import (DECODE, FULL_GRID, MERGE_PARTIALS, MERGE_SIMDS, Partial, choose_part_size, decode,
+                                      decode_attend, decode_sizes, decode_split, merge, single_key)
 
+SPLIT = dict(O4='float4', SPLIT=1)   # as `decode_split` compiles the kernel
 TOLERANCE = {np.float16: 2e-3, np.float32: 1e-5}
 # D, H, KV, S, dtype: head dims, groups 1, 3, 4, 8 and 9, block sizes 4 to 32
 SHAPES = [(64, 4, 1, 8, np.float16), (80, 3, 1, 16, np.float32), (96, 2, 2, 32, np.float16),
@@ -67,7 +68,7 @@ numbers = st.tuples(st.integers(-60, 60), st.integers(-1000, 1000))
 @settings(max_examples=200, deadline=None)
 @given(st.lists(numbers, min_size=3, max_size=12), st.data())
 def test_merging_is_exact_in_any_order_and_grouping(pairs, data):
-    parts = [seen(Fraction(x), Fraction(v)) for x, v in pairs]
+    parts = [single_key(Fraction(x), Fraction(v)) for x, v in pairs]
     a, b, c = parts[:3]
     assert merge(merge(a, b), c) == merge(a, merge(b, c)) and merge(a, b) == merge(b, a)
     cut = data.draw(st.integers(1, len(parts) - 1))
@@ -81,7 +82,7 @@ def test_merging_is_exact_in_any_order_and_grouping(pairs, data):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.floats(-1e4, 1e4), st.floats(-1, 1)), min_size=2, max_size=30))
 def test_merging_floats_does_not_overflow(pairs):
-    left, right = reduce(merge, (seen(*p) for p in pairs)), reduce(merge, (seen(*p) for p in pairs[::-1]))
+    left, right = reduce(merge, (single_key(*p) for p in pairs)), reduce(merge, (single_key(*p) for p in pairs[::-1]))
     x, v = np.array(pairs).T
     w = np.exp2(x - x.max())
     for part in (left, right):
@@ -126,7 +127,7 @@ def test_each_key_is_read_once_for_its_group(lengths):
         decode_split(*metal(args), part=64).realize()
     tiles = sum(-(-n // 32) for n in lengths)     # the last one repeats a key instead of reading beyond
     for dispatch in counts:
-        if dispatch.name in ('paged_decode', 'paged_partials'):
+        if dispatch.name == 'paged_decode':
             b = dispatch.buffers
             assert b['k'].bytes_read == b['v'].bytes_read == tiles * 32 * KV * D * 2
             assert b['tables'].bytes_read == tiles * 32 * KV * 4
@@ -166,7 +167,7 @@ def shapes_of(T, H, KV, D, context, S=16, device='METAL'):
 @pytest.mark.parametrize('D', [16, 48, 64, 80, 96, 112, 128])
 @pytest.mark.parametrize('group', [1, 2, 3, 4, 6, 7, 8, 9, 12, 16, 32])
 def test_every_shape_fits_a_threadgroup(D, group):
-    c = sizes(*shapes_of(3, 2 * group, 2, D, 4096))
+    c = decode_sizes(*shapes_of(3, 2 * group, 2, D, 4096))
     memory = 16 * c['D4'] * c['HEADS'] * (1 + c['SIMDS'] * c['ROWS']) + 8 * c['SIMDS'] * c['HEADS']
     assert memory <= 32768 and 32 * c['SIMDS'] <= 512 and group % c['HEADS'] == 0
     assert c['D4'] % c['LANES'] == 0 and c['ROWS'] * c['D4'] <= 32 and 32 % (c['TILE'] * c['ROWS']) == 0
@@ -177,13 +178,13 @@ def test_every_shape_fits_a_threadgroup(D, group):
        st.integers(1, 20000), st.sampled_from([8, 16, 32]))
 def test_parts_cover_the_context_and_fill_the_device(T, heads, context, S):
     q, k, tables = shapes_of(T, *heads, 64, context, S)
-    part, room = part_size(q, k, tables), tables.shape[1] * S
-    c = sizes(q, k, tables, part)
+    part, room = choose_part_size(q, k, tables), tables.shape[1] * S
+    c = decode_sizes(q, k, tables, part)
     assert 0 < part <= room and c['PARTS'] * part >= room > (c['PARTS'] - 1) * part
     if part < room:
         assert part % 32 == 0 and part >= 32 * c['SIMDS']
         groups = T * heads[0] // c['HEADS']
-        assert groups < FILL['METAL'] and groups * (c['PARTS'] - 1) < FILL['METAL']
+        assert groups < FULL_GRID['METAL'] and groups * (c['PARTS'] - 1) < FULL_GRID['METAL']
 
 
 @simulated
@@ -196,8 +197,8 @@ def test_one_pass_or_parts_by_what_fills_the_device():
             got = decode_attend(q, k, v, batch).numpy()
         assert error(got, args) <= 2e-3
         return [d.name for d in counts]
-    assert kernels(1, 512) == ['paged_partials', 'merge_partials']
-    assert kernels(1, 96) == kernels(FILL['METAL'], 512) == ['paged_decode']
+    assert kernels(1, 512) == ['paged_decode', 'merge_partials']
+    assert kernels(1, 96) == kernels(FULL_GRID['METAL'], 512) == ['paged_decode']
 
 
 @simulated
@@ -221,32 +222,30 @@ def run(kernel, text, buffers, grid, simds):
     library[kernel.signature.name].verify(buffers, grid, (32 * simds,), outs=[0], nan_ok=True)
 
 
-def answer(texts, args, part):
+def decode_with(texts, args, part):
     "Decode, or parts and their merge, from sources."
     q, k, tables = Tensor(args[0]), Tensor(args[1]), Tensor(args[3])
-    c, T, (H, D) = sizes(q, k, tables, part) | dict(SIMDS=2), len(args[0]), args[0].shape[1:]
+    c, T, (H, D) = decode_sizes(q, k, tables, part) | dict(SIMDS=2), len(args[0]), args[0].shape[1:]
     grid, out = (H // c['HEADS'], T, c['PARTS']), np.full(args[0].shape, np.nan, args[0].dtype)
-    heads = [kernel.source('METAL', 256, c) for kernel in (DECODE, PARTIALS)]
+    decode_text = texts.get('decode', DECODE.metal)
     if part is None:
-        text = texts.get('decode', DECODE.metal)
-        run(DECODE, heads[0].replace(DECODE.metal, text), [out, *args], grid, c['SIMDS'])
+        run(DECODE, DECODE.source('METAL', 256, c).replace(DECODE.metal, decode_text), [out, *args], grid, c['SIMDS'])
         return out
     parts = np.full((T, H, c['PARTS'], D + 4), np.nan, np.float32)
-    run(PARTIALS, heads[1].replace(PARTIALS.metal, texts.get('partials', PARTIALS.metal)), [parts, *args], grid,
-        c['SIMDS'])
-    text = MERGE_PARTIALS.source('METAL', 256, c | dict(SIMDS=MERGERS))
+    run(DECODE, DECODE.source('METAL', 256, c | SPLIT).replace(DECODE.metal, decode_text), [parts, *args], grid, c['SIMDS'])
+    text = MERGE_PARTIALS.source('METAL', 256, c | dict(SIMDS=MERGE_SIMDS))
     run(MERGE_PARTIALS, text.replace(MERGE_PARTIALS.metal, texts.get('merge', MERGE_PARTIALS.metal)),
-        [out, parts, args[-1]], (H, T), MERGERS)
+        [out, parts, args[-1]], (H, T), MERGE_SIMDS)
     return out
 
 
 def caught(texts, part):
-    "Does a simulator's complaint or a wrong answer give it away? One shape has idle lanes, one rows of several keys."
+    "Does an error of the simulator or a wrong result show it? One shape has idle lanes, one rows of several keys."
     for D, H, KV in ((80, 6, 2), (32, 4, 2)):
         args = case(np.random.default_rng(7), [1, 70, 150], D, H, KV, 8, np.float16)
         assert list(args[4]) != [0, 1, 2]
         try:
-            if not error(answer(texts, args, part), args) <= 2e-3:
+            if not error(decode_with(texts, args, part), args) <= 2e-3:
                 return True
         except MetalError:
             return True
@@ -274,14 +273,14 @@ DECODE_MUTANTS = {
     'the weight of another key': ('simd_shuffle(p[g], r + j * ROWS + row)', 'simd_shuffle(p[g], r + j * ROWS)'),
     'idle lanes write': ('if (busy) parts', 'parts'),
     'simdgroups share a tile': ('tile += 32 * SIMDS', 'tile += 32'),
-    'not divided': ('T4(all / sum)', 'T4(all)')}
+    'not divided': ('O4(all / sum)', 'O4(all)')}
 SPLIT_MUTANTS = {
-    'every part begins at 0': ('partials', 'first = tg.z * PART', 'first = 0'),
-    'parts overlap': ('partials', 'first + PART)', 'B * S)'),
-    'parts side by side in a row': ('partials', '(t * H + head + g) * PARTS + (int)tg.z', '(t * H + head + g) + (int)tg.z'),
-    'heads on top of each other': ('partials', '(t * H + head + g)', '(t * H + head)'),
-    'no largest score written': ('partials', 'float4(top, sum', 'float4(0.0f, sum'),
-    'sum of one simdgroup': ('partials', 'sum += f * sums[a][g]', 'sum = f * sums[a][g]'),
+    'every part begins at 0': ('decode', 'first = tg.z * PART', 'first = 0'),
+    'parts overlap': ('decode', 'first + PART)', 'B * S)'),
+    'parts side by side in a row': ('decode', '(t * H + head + g) * PARTS + (int)tg.z', '(t * H + head + g) + (int)tg.z'),
+    'heads on top of each other': ('decode', '(t * H + head + g)', '(t * H + head)'),
+    'no largest score written': ('decode', 'float4(top, sum', 'float4(0.0f, sum'),
+    'sum of one simdgroup': ('decode', 'sum += f * sums[a][g]', 'sum = f * sums[a][g]'),
     'a part too many': ('merge', '+ PART - 1) / PART', '+ PART) / PART + 1'),
     'a part too few': ('merge', '+ PART - 1) / PART', ') / PART'),
     'stride without the sums': ('merge', 'row * PARTS * (D4 + 1)', 'row * PARTS * D4'),
@@ -316,15 +315,15 @@ def test_mutants_of_decode_are_caught(name):
 @pytest.mark.parametrize('name', SPLIT_MUTANTS)
 def test_mutants_of_split_and_merge_are_caught(name):
     which, old, new = SPLIT_MUTANTS[name]
-    text = {'partials': PARTIALS, 'merge': MERGE_PARTIALS}[which].metal
+    text = {'decode': DECODE, 'merge': MERGE_PARTIALS}[which].metal
     assert caught({which: mutated(text, old, new)}, 64)
 
 
 @simulated
 def test_lint_has_no_complaint():
-    c = sizes(*shapes_of(1, 8, 2, 64, 256), 64)
-    for kernel in (DECODE, PARTIALS, MERGE_PARTIALS):
-        assert metalsim.lint(kernel.source('METAL', 256, c)) == []
+    c = decode_sizes(*shapes_of(1, 8, 2, 64, 256), 64)
+    for kernel, extra in ((DECODE, {}), (DECODE, SPLIT), (MERGE_PARTIALS, {})):
+        assert metalsim.lint(kernel.source('METAL', 256, c | extra)) == []
 
 
 def test_sources_compile_for_cuda():
@@ -335,9 +334,9 @@ def test_sources_compile_for_cuda():
     except Exception as missing:
         pytest.skip(f'no NVRTC: {missing}')
     for T4, load in (('half4', 'ld.global.nc.v2.u32'), ('float4', 'ld.global.nc.v4')):
-        c = sizes(*shapes_of(1, 8, 2, 128, 4096), 512) | dict(T4=T4)
-        for kernel in (DECODE, PARTIALS, MERGE_PARTIALS):
-            text = compiler.compile(kernel.source('CUDA', 32 * c['SIMDS'], c)).decode()
+        c = decode_sizes(*shapes_of(1, 8, 2, 128, 4096), 512) | dict(T4=T4, O4=T4)
+        for kernel, extra in ((DECODE, {}), (DECODE, SPLIT), (MERGE_PARTIALS, {})):
+            text = compiler.compile(kernel.source('CUDA', 32 * c['SIMDS'], c | extra)).decode()
             assert '.local' not in text
             if kernel is not MERGE_PARTIALS:
                 assert load in text, load

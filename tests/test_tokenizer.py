@@ -18,7 +18,8 @@ from tinyvllm.models.tokenizer_files import word_cutter
 from tinyvllm.models.chat_template import render_chat
 from tinyvllm.models.tokenizer_files import (BYTE, CONTROL, WORD_PATTERNS, TOKEN, UNKNOWN, USER,
     load_tokenizer)
-from tinyvllm.models.weights import open_checkpoint, resolve
+from tinyvllm.models.weights import open_checkpoint
+from tinyvllm.models.hub import resolve
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden/smollm2.json').read_text(encoding='utf-8'))['items']
 TEXTS = ['', ' ', 'a', '  two  spaces ', 'The river rose in the night.', "it's 2026, isn't it?\n\n\tyes\r\n",

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings, strategies as st
 from tinyvllm.errors import BadInput
 from tinyvllm.server.tools import (HERMES, LLAMA, Braces, Event, check_tools, make_parser, read_call,
                                   tool_format, tool_grammar, tools_in_messages)
-from tinyvllm.models.tokenizer import render_chat
+from tinyvllm.models.chat_template import render_chat
 
 HERMES_TEMPLATE, LLAMA_TEMPLATE, THINKER = '<tool_call>', '<|python_tag|>', '</think>'
 

@@ -13,8 +13,10 @@ from tinygrad import dtypes
 
 from tinyvllm.models import weights
 from tinyvllm.errors import BadInput
-from tinyvllm.models.weights import (ARCHITECTURES, open_checkpoint, read_gguf, read_safetensors, resolve,
-                              save_safetensors, tensor_shapes, tiny_checkpoint, unpermute)
+from tinyvllm.models.weights import (ARCHITECTURES, open_checkpoint, save_safetensors,
+    tensor_shapes, tiny_checkpoint)
+from tinyvllm.models.hub import resolve
+from tinyvllm.models.headers import read_gguf, read_safetensors, unpermute
 
 LINUX = sys.platform == 'linux'
 QUANTS = ['Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0', 'Q4_K', 'Q5_K', 'Q6_K']

@@ -12,7 +12,8 @@ from gguf.quants import quantize
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tinyvllm.errors import BadInput
-from tinyvllm.models.weights import open_checkpoint, read_gguf, read_safetensors
+from tinyvllm.models.weights import open_checkpoint
+from tinyvllm.models.headers import read_gguf, read_safetensors
 
 FUZZ = settings(max_examples=400, deadline=timedelta(seconds=5), derandomize=True, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -23,7 +23,8 @@ from ..models.fused import FusedKVCache, FusedLlama, fused, recast
 from ..models.llama import DTYPES, Llama, load_model
 from ..models.tokenizer import Tokenizer
 from ..models.tokenizer_files import load_tokenizer
-from ..models.weights import Checkpoint, resolve
+from ..models.weights import Checkpoint
+from ..models.hub import resolve
 from ..quant.pack import PackedLlama
 from ..quant.load import load_packed
 from ..sampling.structured_output import bind_constraints
@@ -34,62 +35,57 @@ from ..runner.jit import JitRunner
 from tinygrad import Device, Tensor, dtypes
 
 # %% auto #0
-__all__ = ['ATTENDS', 'STORES', 'best_attend', 'best_cache', 'fused_cache', 'best_model', 'best_runner', 'best_scheduler',
+__all__ = ['ATTENDS', 'KV_WRITES', 'check_attend', 'best_attend', 'best_cache', 'best_model', 'best_runner', 'best_scheduler',
            'make_engine', 'load_engine']
 
-# %% ../../nbs/10d_defaults.ipynb #0cea8d26
+# %% ../../nbs/10d_defaults.ipynb #6b7f45ef
 ATTENDS = {'CPU': cpu_attend, 'METAL': flash_attend, 'CUDA': cuda_attend}
-STORES = {'CPU': cpu_kv_write, 'METAL': kv_write, 'CUDA': kv_write}
 
-def _trial(model: Llama, attend) -> None:
+def check_attend(
+    model: Llama, # gives the shapes, the dtype and the device
+    attend: Callable, # (q, k, v, batch) -> o
+) -> None:
     "Compile what a step of one token and a step of a prompt need. Raises `BadInput`."
     c, like = model.config, model.embedding
-    def numbers(*shape): return Tensor.empty(*shape, dtype=like.dtype, device=like.device)
-    def ints(*shape): return Tensor.empty(*shape, dtype=dtypes.int32, device=like.device)
-    pool = numbers(2, 16, c.num_key_value_heads, c.head_dim)
+    def empty(*shape, dtype=dtypes.int32):
+        return Tensor.empty(*shape, dtype=dtype, device=like.device)
+    pool = empty(2, 16, c.num_key_value_heads, c.head_dim, dtype=like.dtype)
     for T in (1, 16):
-        batch = PagedBatch(ints(T), ints(T), ints(1), 0, ints(T), ints(1, 1), ints(T), ints(2))
-        attend(numbers(T, c.num_attention_heads, c.head_dim), pool, pool, batch)
+        batch = PagedBatch(empty(T), empty(T), empty(1), 0, empty(T), empty(1, 1), empty(T), empty(2))
+        attend(empty(T, c.num_attention_heads, c.head_dim, dtype=like.dtype), pool, pool, batch)
 
 def best_attend(
     model: Llama, # its device, dtype and head dimension decide
-): # -> attend(q, k, v, batch)
+) -> Callable: # (q, k, v, batch) -> o
     "The fastest attention that this model can have; the portable one, with a warning, if none."
     device = model.embedding.device.split(':')[0]
     try:
         if device not in ATTENDS: raise BadInput(f'no attention kernel is written for {device}')
-        _trial(model, ATTENDS[device])
+        check_attend(model, ATTENDS[device])
         return ATTENDS[device]
     except BadInput as refused:
         warnings.warn(f'{refused}; attention runs in portable operations')
         return paged_attend
 
-# %% ../../nbs/10d_defaults.ipynb #d12ca528
+# %% ../../nbs/10d_defaults.ipynb #681b3b03
+KV_WRITES = {'CPU': cpu_kv_write, 'METAL': kv_write, 'CUDA': kv_write}
+
 def best_cache(
     model: Llama, # gives the shapes, the dtype and the device
     num_blocks: int, # in the pool, with block 0
     block_size: int = 16, # tokens per block
 ) -> PagedKVCache:
-    "A paged cache with the fastest writes there are for the model's device."
-    store = STORES.get(model.embedding.device.split(':')[0])
-    known = store and model.embedding.dtype in (dtypes.half, dtypes.float)
-    if not known: return PagedKVCache(model, num_blocks, block_size)
-    return KernelKVCache(model, num_blocks, block_size, store)
+    "A paged cache with the fastest writes there are for a model and its device."
+    if isinstance(model, FusedLlama): return FusedKVCache(model, num_blocks, block_size)
+    write = KV_WRITES.get(model.embedding.device.split(':')[0])
+    if write is None or model.embedding.dtype not in (dtypes.half, dtypes.float):
+        return PagedKVCache(model, num_blocks, block_size)
+    return KernelKVCache(model, num_blocks, block_size, write)
 
-# %% ../../nbs/10d_defaults.ipynb #99e627d6
-def fused_cache(
-    model: Llama, # gives the shapes, the dtype and the device
-    num_blocks: int, # in the pool, with block 0
-    block_size: int = 16, # tokens per block
-) -> PagedKVCache:
-    "The cache that goes with a model."
-    kind = FusedKVCache if isinstance(model, FusedLlama) else best_cache
-    return kind(model, num_blocks, block_size)
-
-# %% ../../nbs/10d_defaults.ipynb #37baeb78
+# %% ../../nbs/10d_defaults.ipynb #43e604fc
 def best_model(
     path: str | Path | Checkpoint, # a folder or a file
-    dtype: str = 'auto', # of matrices that are not quantised, as for `load_model`
+    dtype: str = 'auto', # of matrices that are not quantized, as for `load_model`
     device: str | None = None, # tinygrad's name; None is the default device
     quantization: str | None = None, # int8, int4-g32, ...; None: the numbers that are stored
 ) -> Llama:
@@ -98,22 +94,24 @@ def best_model(
     if kind not in DEVICES and not quantization: return load_model(path, dtype, device)
     if dtype not in ('auto', *DTYPES):
         raise BadInput(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
-    if dtype == 'auto' and kind != 'CPU': dtype = 'float16'
+    if dtype == 'auto' and kind != 'CPU':
+        dtype = 'float16'
     config, state = load_packed(path, quantization, device, choose_attend=best_attend)
     for name in state:
-        if dtype != 'auto': state[name] = recast(state[name], getattr(dtypes, dtype))
+        if dtype != 'auto':
+            state[name] = recast(state[name], getattr(dtypes, dtype))
     packed = PackedLlama(config, state)
     del state    # else layers that are taken over stay in memory
     return FusedLlama(packed)
 
-# %% ../../nbs/10d_defaults.ipynb #9a7db67b
+# %% ../../nbs/10d_defaults.ipynb #3d2d1c56
 def best_runner(
     model: Llama, # its device decides
-    cache, # where keys and values live
-    attend, # how queries look at them; must know the cache's layout
+    cache, # owns keys and values
+    attend: Callable, # reads that cache
     max_num_seqs: int = 256, # most sequences of a step
-): # -> runner(batch)
-    "Graphs where the kernels for them are proven, else one kernel after the other."
+) -> Callable: # (batch) -> tokens of each entry
+    "Graphs where their kernels are proved, else one kernel after the other."
     device = model.embedding.device.split(':')[0]
     if device not in DEVICES or not hasattr(cache, 'num_blocks'):
         return EagerRunner(model, cache, attend)
@@ -121,11 +119,11 @@ def best_runner(
     return JitRunner(model, cache, attend, max_num_seqs, constraints)
 
 def best_scheduler(
-    runner, # that it plans for
+    runner: Callable, # that computes its batches
     blocks: BlockManager, # the pool
     args: EngineArgs, # limits
 ) -> Scheduler:
-    "One that lets the device work ahead, if the runner can. Raises `BadInput`."
+    "A scheduler that lets the device work ahead, if the runner can. Raises `BadInput`."
     sizes = blocks, args.max_num_seqs, args.max_num_batched_tokens
     if isinstance(runner, JitRunner):
         steps = min(args.num_scheduler_steps, NUM_STEPS // 2)    # results of two decisions wait
@@ -135,7 +133,7 @@ def best_scheduler(
         raise BadInput(f'{name} reads each token at once; num_scheduler_steps is 1')
     return Scheduler(*sizes)
 
-# %% ../../nbs/10d_defaults.ipynb #d4d1f4b7
+# %% ../../nbs/10d_defaults.ipynb #d0549ced
 def make_engine(
     model: Llama, # on its device
     tokenizer: Tokenizer | None = None, # None: token ids only
@@ -147,30 +145,30 @@ def make_engine(
 ) -> LLMEngine:
     "An engine from its parts; what is not given is the best there is. Raises `BadInput`."
     args = EngineArgs(**sizes).with_step_limit(model.embedding.device)
-    cache = cache or fused_cache(model, size_pool(model, args), args.block_size)
+    cache = cache or best_cache(model, size_pool(model, args), args.block_size)
     if not (scheduler or hasattr(cache, 'num_blocks')): raise BadInput(
         f'{type(cache).__name__} is not made of blocks; give the engine a scheduler for it too')
     runner = runner or best_runner(model, cache, attend or best_attend(model),
                                    (scheduler or args).max_num_seqs)
     scheduler = scheduler or best_scheduler(
         runner, BlockManager(cache.num_blocks, cache.block_size), args)
-    return LLMEngine(EngineCore(scheduler, runner), args.limit_config(model), tokenizer, bind_constraints)
+    config = args.limit_config(model)
+    return LLMEngine(EngineCore(scheduler, runner), config, tokenizer, bind_constraints)
 
-# %% ../../nbs/10d_defaults.ipynb #8a8d1a15
 def load_engine(
     model: str | Path | Llama, # a name, a folder, a file, or a model that is loaded
     tokenizer: Tokenizer | None = None, # None: the model's own, unless it was loaded before
     dtype: str = 'auto', # of the weights, as for `load_model`
     device: str | None = None, # tinygrad's name; None: the default device
     quantization: str | None = None, # int8, int4-g32, ...; None: the numbers that are stored
-    **engine, # parts and sizes, as for `make_engine`
+    **parts # and sizes, as for `make_engine`
 ) -> LLMEngine:
-    "Load what has a name and build the engine. Raises `BadInput`."
+    "Load a model, if it is not loaded, and build its engine. Raises `BadInput`."
     if isinstance(model, Llama):
         model = fused(model, quantization) if quantization else model
-        return make_engine(model, tokenizer, **engine)
+        return make_engine(model, tokenizer, **parts)
     path = resolve(model)
     tokenizer = tokenizer or load_tokenizer(path)
     model = best_model(path, dtype, device, quantization)
     tokenizer.check_vocab(model.config.vocab_size)
-    return make_engine(model, tokenizer, **engine)
+    return make_engine(model, tokenizer, **parts)

@@ -11,9 +11,9 @@ from ..sampling.params import SamplingParams
 from ..sampling.sampler import Sampled
 
 # %% auto #0
-__all__ = ['scoring_params', 'ForcedToken', 'PromptRow', 'expand_prompt_rows', 'merge_prompt_rows']
+__all__ = ['scoring_params', 'PromptRow', 'expand_prompt_rows', 'merge_prompt_rows']
 
-# %% ../../nbs/07ba_prompt_logprobs.ipynb #f051efc9
+# %% ../../nbs/07ba_prompt_logprobs.ipynb #1afbb764
 @cache
 def scoring_params(
     logprobs: int, # alternatives to report
@@ -21,28 +21,14 @@ def scoring_params(
     "How all positions of a prompt are sampled: greedily, with log-probabilities."
     return SamplingParams(temperature=0, logprobs=logprobs)
 
-class ForcedToken:
-    "A logits processor that leaves the sampler one choice."
-    needs_output_tokens, plugins = False, ()
-    def __init__(self, token_id: int):
-        self.token_id = token_id
-
-    def compute_edits(self, output_token_ids: list[int]) -> list[tuple[int, float]]:
-        "The token, and what is added to its logit."
-        return [(self.token_id, 1e30)]
-
-    def compute_mask(self, output_token_ids: list[int]) -> None:
-        "No token is forbidden."
-
 class PromptRow:
     "One prompt position as a row of a step; has what a runner reads of a `Sequence`."
-    in_flight, sampled = 0, ()
+    in_flight, sampled, logits_processors = 0, (), None
     def __init__(self, seq: Sequence, position: int):
         self.id, self.token_ids, self.num_prompt = (seq.id, position), seq.token_ids, seq.num_prompt
         self.params = scoring_params(seq.params.prompt_logprobs)
-        self.logits_processors = ForcedToken(seq.token_ids[position + 1])
 
-# %% ../../nbs/07ba_prompt_logprobs.ipynb #462ca6cd
+# %% ../../nbs/07ba_prompt_logprobs.ipynb #16095a6a
 def expand_prompt_rows(
     batch: Batch, # the scheduler's decision
 ) -> Batch:
@@ -52,12 +38,10 @@ def expand_prompt_rows(
     for i, seq in enumerate(batch.seqs):
         start, n, table = batch.starts[i], batch.num_new[i], batch.block_tables[i]
         if batch.scores_prompt[i]:
-            rows += [(PromptRow(seq, start + j), 1, start + j, table, True) for j in range(n)]
+            rows += [(PromptRow(seq, start + j), 1, start + j, table, True, True) for j in range(n)]
         else:
-            rows.append((seq, n, start, table, batch.samples[i]))
-    seqs, num_new, starts, tables, samples = map(list, zip(*rows))
-    return Batch(seqs, num_new, starts, tables, samples, [False] * len(rows), batch.copies,
-                 batch.steps, batch.block_size)
+            rows.append((seq, n, start, table, batch.samples[i], False))
+    return Batch(*map(list, zip(*rows)), batch.copies, batch.steps, batch.block_size)
 
 def merge_prompt_rows(
     batch: Batch, # the scheduler's decision
