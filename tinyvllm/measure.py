@@ -20,9 +20,10 @@ from tinygrad.codegen import to_program_cache
 from tinygrad.helpers import GlobalCounters
 
 # %% auto #0
-__all__ = ['Counts', 'counting', 'Timing', 'synchronize', 'timed', 'peak_memory', 'read_bandwidth', 'gpu_read_bandwidth',
-           'bandwidth', 'Roof', 'Stopwatch', 'StreamResult', 'measure_stream', 'LadderRow', 'commit', 'machine_name',
-           'ladder_row', 'append_row', 'read_rows', 'ladder_table', 'plot_ladder']
+__all__ = ['CPU_THREADS', 'Counts', 'counting', 'Timing', 'synchronize', 'timed', 'peak_memory', 'read_bandwidth',
+           'gpu_read_bandwidth', 'bandwidth', 'Roof', 'measured_roof', 'Stopwatch', 'StreamResult', 'measure_stream',
+           'LadderRow', 'commit', 'machine_name', 'ladder_row', 'append_row', 'read_rows', 'ladder_table',
+           'plot_ladder']
 
 # %% ../nbs/00_measure.ipynb #36717595
 @dataclass
@@ -110,12 +111,15 @@ def gpu_read_bandwidth(
     return 16 * x.nbytes() / min(timed(lambda: sums(x), repeat, warmup=4).runs)
 
 # %% ../nbs/00_measure.ipynb #140d1412
+CPU_THREADS = 1    # that run kernels: tinygrad's CPU device computes on one core
+
 def bandwidth(
     device: str | None = None, # tinygrad's name; None is the default device
 ) -> float: # bytes per second
-    "The measured memory bandwidth: the roof over every decode speed."
+    "Measure what the cores that compute can read: one core of a CPU, or all of a GPU."
     device = device or Device.DEFAULT
-    return read_bandwidth() if device.startswith('CPU') else gpu_read_bandwidth(device)
+    if device.startswith('CPU'): return read_bandwidth(threads=CPU_THREADS)
+    return gpu_read_bandwidth(device)
 
 # %% ../nbs/00_measure.ipynb #e31d43c5
 @dataclass(frozen=True)
@@ -128,32 +132,57 @@ class Roof:
 
     @property
     def tok_s(self) -> float:
+        "Tokens per second of all sequences together."
         return self.bandwidth * self.batch / (self.weights + self.kv * self.batch)
+
     def share(self, tok_s: float) -> float:
         "The part of the limit that `tok_s` reaches, 0 to 1."
-        return tok_s / self.tok_s
+        return min(1.0, tok_s / self.tok_s)
+
+def measured_roof(
+    tok_s: float, # speed of a run, all sequences together
+    weights: int, # bytes of weights that one step reads
+    kv: int = 0, # bytes of keys and values that one sequence reads per token
+    batch: int = 1, # sequences that share a step
+) -> Roof:
+    """The limit of that run, from the bandwidth measured now.
+
+    If the run itself read more per second (the probe was disturbed, or a cache holds the weights),
+    then that is the bandwidth: a run never exceeds its limit."""
+    needed = tok_s * (weights / batch + kv)
+    return Roof(max(bandwidth(), needed), weights, kv, batch)
 
 # %% ../nbs/00_measure.ipynb #1c2846a0
 class Stopwatch:
     "When each token of a stream came."
-    def __init__(self): self.stamps = [time.perf_counter()]   # the start, then every lap
-    def lap(self) -> None: self.stamps.append(time.perf_counter())
+
+    def __init__(self):
+        self.stamps = [time.perf_counter()]   # the start, then every token
+
+    def lap(self, tokens: int = 1) -> None:
+        "Note the time of tokens that a step brought together."
+        self.stamps += [time.perf_counter()] * tokens
+
     @property
     def ttft_s(self) -> float | None:
-        "Seconds to the first lap."
+        "Seconds to the first token."
         return self.stamps[1] - self.stamps[0] if len(self.stamps) > 1 else None
     @property
     def decode_tok_s(self) -> float | None:
-        "Laps per second after the first."
-        n = len(self.stamps) - 2
-        return n / (self.stamps[-1] - self.stamps[1]) if n > 0 else None
+        """Tokens per second from the first step to the last but one; None before four.
+
+        An engine that works one step ahead has computed the last when it hands out the one before."""
+        steps = sorted(set(self.stamps[1:]))
+        if len(steps) < 4: return None
+        tokens = sum(steps[0] < stamp <= steps[-2] for stamp in self.stamps)
+        return tokens / (steps[-2] - steps[0])
 
 # %% ../nbs/00_measure.ipynb #aa5b6dc3
 @dataclass
 class StreamResult:
     "One measured generation."
     ttft_s: float             # seconds to the first token
-    decode_tok_s: float       # tokens per second after the first item of the stream
+    decode_tok_s: float       # tokens per second, as `Stopwatch` reckons them
     kernels_per_token: int    # launches of the last step, divided by the tokens it gave
     bytes_per_token: int      # bytes its kernels touched, likewise
     tokens: list              # all that came
@@ -161,16 +190,17 @@ class StreamResult:
 def measure_stream(
     stream: Callable[[], Iterable], # starts a generation; yields tokens, or lists of them
 ) -> StreamResult:
-    "Run a generation once; raises `ValueError` if it yields fewer than two items."
+    "Run a generation once; raises `ValueError` if it yields fewer than four items."
     steps, watch, it = [], Stopwatch(), iter(stream())
     while True:
         with counting() as counts: item = next(it, None)
         if item is None: break
-        watch.lap(); steps.append(item if isinstance(item, list) else [item]); last = counts
-    if len(steps) < 2: raise ValueError(f'the stream had {len(steps)} items; a speed needs two')
+        steps.append(item if isinstance(item, list) else [item])
+        watch.lap(len(steps[-1]))
+        last = counts
+    if len(steps) < 4: raise ValueError(f'the stream had {len(steps)} items; a speed needs four')
     tokens, per_step = sum(steps, []), len(steps[-1])
-    speed = watch.decode_tok_s * (len(tokens) - len(steps[0])) / (len(steps) - 1)
-    return StreamResult(watch.ttft_s, speed, round(last.kernels / per_step),
+    return StreamResult(watch.ttft_s, watch.decode_tok_s, round(last.kernels / per_step),
                         round(last.nbytes / per_step), tokens)
 
 # %% ../nbs/00_measure.ipynb #5ea3ab5d
@@ -223,7 +253,7 @@ def ladder_row(
 ) -> LadderRow: # of the median run
     "The median run as a row, beside the limit that this machine has at this minute."
     run = sorted(runs, key=lambda r: r.decode_tok_s)[len(runs) // 2]
-    roof = Roof(bandwidth(), weights, kv, requests)
+    roof = measured_roof(run.decode_tok_s, weights, kv, requests)
     return LadderRow(
         machine=machine_name(), device=Device.DEFAULT, ttft_s=round(run.ttft_s, 4),
         decode_tok_s=round(run.decode_tok_s, 4), kernels_per_token=run.kernels_per_token,

@@ -32,9 +32,11 @@ from tinyvllm.models.llama import Llama, NoCache, kv_bytes, model_config, weight
 from tinyvllm.measure import LadderRow, Stopwatch, bandwidth, counting, ladder_row, measure_stream
 from tinyvllm.kv_cache.paged import PagedKVCache, paged_attend
 from tinyvllm.runner.eager import EagerRunner
-from tinyvllm.quant.pack import Packed, PackedLlama, load_packed, packed_state
+from tinyvllm.quant.pack import Packed, PackedLlama
+from tinyvllm.quant.load import load_packed, packed_state
 from tinyvllm.sampling.params import SamplingParams
-from tinyvllm.models.weights import resolve, tensor_shapes
+from tinyvllm.models.weights import tensor_shapes
+from tinyvllm.models.hub import resolve
 
 __all__ = ['RUNGS', 'SHAPES', 'Load', 'Run', 'Trace', 'Workload', 'as_text', 'engine_stream', 'layer_kernels',
            'measure_load', 'measure_rung', 'measure_trace', 'open_model', 'open_reference', 'plot_loads',
@@ -379,7 +381,8 @@ def speed(run: Run, model: Llama) -> dict:
 
 def traffic(run: Run, model: Llama) -> dict:
     "Bytes that moved, beside those that had to: the weights once a step, and each live key and value."
-    least, limit = run.steps * weight_bytes(model) + run.seen * kv_bytes(model), bandwidth()
+    least = run.steps * weight_bytes(model) + run.seen * kv_bytes(model)
+    limit = max(bandwidth(), least / run.seconds)    # a cache may read faster than the probe
     return dict(bytes_per_token=round(run.nbytes / run.tokens), bytes_over_minimum=round(run.nbytes / least, 4),
                 bandwidth_share=round(least / run.seconds / limit, 4), bandwidth_gb_s=round(limit / 1e9, 2))
 
