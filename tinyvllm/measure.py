@@ -171,7 +171,7 @@ class Stopwatch:
     def decode_tok_s(self) -> float | None:
         """Tokens per second from the first step to the last but one; None before four.
 
-        An engine that works one step ahead has computed the last when it hands out the one before."""
+        An engine one step ahead has computed the last when it hands out the one before."""
         steps = sorted(set(self.stamps[1:]))
         if len(steps) < 4: return None
         tokens = sum(steps[0] < stamp <= steps[-2] for stamp in self.stamps)
