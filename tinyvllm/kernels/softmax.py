@@ -12,33 +12,35 @@ from .simd import check_attention, element
 from tinygrad import Tensor, dtypes
 
 # %% auto #0
-__all__ = ['QUERIES', 'SCORES', 'SOFTMAX', 'VALUES', 'MERGE', 'LIMITS', 'ONE_PASS', 'DECODE', 'HEADS', 'SIMDS', 'FILL',
-           'PARTIALS', 'MERGE_PARTIALS', 'MERGERS', 'Partial', 'seen', 'merge', 'sizes', 'launch', 'decode',
-           'part_size', 'decode_split', 'decode_attend']
+__all__ = ['DECODE', 'MAX_HEADS', 'MAX_SIMDS', 'FULL_GRID', 'MERGE_PARTIALS', 'MERGE_SIMDS', 'Partial', 'single_key', 'merge',
+           'decode_sizes', 'launch_decode', 'decode', 'choose_part_size', 'decode_split', 'decode_attend']
 
-# %% ../../nbs/06a_softmax.ipynb #8a225218
+# %% ../../nbs/06a_softmax.ipynb #ee950c83
 class Partial(NamedTuple):
-    "Attention over some of the keys, not yet divided. Scores are in base 2."
+    "Attention over some of the keys, not yet divided by the sum of weights. Scores are in base 2."
     m: float    # the largest score
     s: float    # sum of 2 ** (score - m)
     o: float    # sum of 2 ** (score - m) * value
 
-def seen(
+def single_key(
     score: float, # of one key
     value: float, # that belongs to it
 ) -> Partial:
-    "One key alone: its weight is 2 ** 0."
+    "Return attention over one key: its weight is 2 ** 0."
     return Partial(score, 1, value)
 
 def merge(a: Partial, b: Partial) -> Partial:
-    "Two sets of keys as one (Milakov and Gimelshein 2018, arXiv:1805.02867)."
+    "Merge attention over two sets of keys (Milakov and Gimelshein 2018, arXiv:1805.02867)."
     m = max(a.m, b.m)
     f, g = 2 ** (a.m - m), 2 ** (b.m - m)
     return Partial(m, a.s * f + b.s * g, a.o * f + b.o * g)
 
-# %% ../../nbs/06a_softmax.ipynb #1cba6fb7
-QUERIES = '''device const T4* q, device const T4* k, device const T4* v,
-    device const int* tables, device const int* owners, device const int* positions,
+# %% ../../nbs/06a_softmax.ipynb #18d1520c
+DECODE = Kernel("""
+constant constexpr float LOW = -1e30f, MASKED = -3e38f;
+kernel void paged_decode(device O4* out, device const T4* q, device const T4* k,
+    device const T4* v, device const int* tables, device const int* owners,
+    device const int* positions,
     uint3 tg [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]], uint simd [[simdgroup_index_in_threadgroup]]) {
   const int i = lane, sg = simd_broadcast((int)simd, 0);
@@ -57,12 +59,9 @@ QUERIES = '''device const T4* q, device const T4* k, device const T4* v,
   float4 o[HEADS];                                          // a Partial for each head
   float m[HEADS], s[HEADS];
   for (int g = 0; g < HEADS; g++) { o[g] = float4(0.0f); m[g] = LOW; s[g] = 0.0f; }
-'''
 
-# %% ../../nbs/06a_softmax.ipynb #0ca52138
-SCORES = '''
   const int group = i / LANES * LANES, l = i % LANES;       // for scores: LANES lanes share a key
-  const int row = i / D4 % ROWS, column = i % D4;           // for values: D4 lanes share one
+  const int row = i / D4 % ROWS, column = i % D4;           // for values: D4 lanes share a row
   const bool busy = i < ROWS * D4;
   for (int tile = begin; tile < last; tile += 32 * SIMDS) {
     const int slot = tile == begin ? ahead : SLOT(tile);    // lane i looks up key i of the tile
@@ -83,11 +82,7 @@ SCORES = '''
                     fma(a[j].z, b.z, fma(a[j].w, b.w, x[g][j]))));
       }
     }
-'''
-
-# %% ../../nbs/06a_softmax.ipynb #3ed3d49f
-SOFTMAX = '''
-    float p[HEADS];
+    float p[HEADS];                                         // the softmax of the tile
     for (int g = 0; g < HEADS; g++) {
       for (int w = LANES / 2; w; w /= 2)
         for (int j = 0; j < w; j++) {
@@ -102,27 +97,19 @@ SOFTMAX = '''
       o[g] *= shrink;
       m[g] = top;
     }
-'''
-
-# %% ../../nbs/06a_softmax.ipynb #598d1b5f
-VALUES = '''
     #pragma unroll
-    for (int r = 0; r < 32; r += TILE * ROWS) {
+    for (int r = 0; r < 32; r += TILE * ROWS) {             // its values
       float4 a[TILE];
       for (int j = 0; j < TILE; j++) {
-        const long place = simd_shuffle(slot, r + j * ROWS + row);
-        a[j] = busy ? float4(v[(place * KV + kv) * D4 + column]) : float4(0.0f);
+        const long at = simd_shuffle(slot, r + j * ROWS + row);
+        a[j] = busy ? float4(v[(at * KV + kv) * D4 + column]) : float4(0.0f);
       }
       for (int j = 0; j < TILE; j++)
         for (int g = 0; g < HEADS; g++)
           o[g] = fma(float4(simd_shuffle(p[g], r + j * ROWS + row)), a[j], o[g]);
     }
   }
-'''
-
-# %% ../../nbs/06a_softmax.ipynb #13150979
-MERGE = '''
-  threadgroup float4 parts[SIMDS * ROWS][HEADS][D4];
+  threadgroup float4 parts[SIMDS * ROWS][HEADS][D4];        // merge the simdgroups
   threadgroup float tops[SIMDS][HEADS], sums[SIMDS][HEADS];
   for (int g = 0; g < HEADS; g++) {
     const float sum = simd_sum(s[g]);
@@ -140,55 +127,55 @@ MERGE = '''
       sum += f * sums[a][g];
       for (int b = 0; b < ROWS; b++) all += f * parts[a * ROWS + b][g][c];
     }
-'''
-
-# %% ../../nbs/06a_softmax.ipynb #b553a1cd
-LIMITS = 'constant constexpr float LOW = -1e30f, MASKED = -3e38f;\n'
-ONE_PASS = QUERIES + SCORES + SOFTMAX + VALUES + MERGE
-
-DECODE = Kernel(LIMITS + 'kernel void paged_decode(device T4* out, ' + ONE_PASS + '''
-    out[(t * H + head) * D4 + n] = T4(all / sum);
+#if SPLIT                                                   // a Partial for each part
+    const int at = ((t * H + head + g) * PARTS + (int)tg.z) * (D4 + 1);
+    out[at + c] = all;
+    if (c == 0) out[at + D4] = float4(top, sum, 0.0f, 0.0f);
+#else
+    out[(t * H + head) * D4 + n] = O4(all / sum);
+#endif
   }
-}''')
+}""")
 
-# %% ../../nbs/06a_softmax.ipynb #0e262c5f
-HEADS, SIMDS = dict(METAL=8, CUDA=4), 8     # most query heads and simdgroups of a threadgroup
-FILL = dict(CUDA=256, METAL=160)   # threadgroups that fill a device: two for each core of an H100
+# %% ../../nbs/06a_softmax.ipynb #11446ef5
+MAX_HEADS, MAX_SIMDS = dict(METAL=8, CUDA=4), 8    # query heads and simdgroups of a threadgroup
+FULL_GRID = dict(CUDA=256, METAL=160)   # threadgroups that occupy a device: two a core of an H100
 
-def sizes(
+def decode_sizes(
     q: Tensor, # (T, H, D)
     k: Tensor, # (N, S, KV, D)
     tables: Tensor, # (rows, B)
     part: int | None = None, # keys for one threadgroup; None: all
-) -> dict[str, int | float | str]:
-    "What the text leaves open: shapes, and how the work is cut."
+) -> dict[str, int | float | str]: # constants of `DECODE`
+    "Return what the text leaves open: the shapes, and how the work is cut into threadgroups."
     (_, H, D), (_, S, KV, _), B = q.shape, k.shape, tables.shape[1]
     device = q.device.split(':')[0]
-    divisors = [n for n in range(1, HEADS.get(device, 8) + 1) if H // KV % n == 0]
-    idle = part is None and q.shape[0] * H <= FILL.get(device, 1)    # more cores than work
+    divisors = [n for n in range(1, MAX_HEADS.get(device, 8) + 1) if H // KV % n == 0]
+    idle = part is None and q.shape[0] * H <= FULL_GRID.get(device, 1)    # more cores
     heads = divisors[0 if idle else -1]
     part, rows = min(part or B * S, B * S), 128 // D
-    simds = min(SIMDS if heads <= 4 else SIMDS // 2, -(-part // 32))
-    return dict(T4=f'{element(DECODE, q=q)}4', H=H, KV=KV, D4=D // 4, S=S, B=B,
+    simds = min(MAX_SIMDS if heads <= 4 else MAX_SIMDS // 2, -(-part // 32))
+    T4 = f'{element(DECODE, q=q)}4'
+    return dict(T4=T4, O4=T4, SPLIT=0, H=H, KV=KV, D4=D // 4, S=S, B=B,
                 SCALE=D**-0.5 * log2(e), HEADS=heads, SIMDS=simds, LANES=4, ROWS=rows,
                 TILE=min(8, 32 // rows), PART=part, PARTS=-(-B * S // part),
                 RESIDENT=2 if q.dtype == dtypes.half else 1)
 
-# %% ../../nbs/06a_softmax.ipynb #99919415
-def launch(
-    kernel: Kernel, # one that is made of `ONE_PASS`
+# %% ../../nbs/06a_softmax.ipynb #0c18b58b
+def launch_decode(
+    kernel: Kernel, # `DECODE`, or a variant with the same buffers
     out: Tensor, # a buffer to write
     inputs: tuple[Tensor, ...], # q, k, v, tables, owners, positions
-    c: dict, # constants, from `sizes`
+    c: dict, # constants, from `decode_sizes`
 ) -> Tensor: # the buffer, written
-    "A threadgroup for each token, KV head (or eight heads of it) and part."
+    "Launch a threadgroup for each token, KV head (or eight heads of it) and part."
     q, k, *_ = inputs
     (T, H, D), keys = q.shape, min(q.shape[0] * c['B'], k.shape[0]) * c['S']   # tables may be full
     return kernel(out, *inputs, grid=(H // c['HEADS'], T, c['PARTS']), threads=(32 * c['SIMDS'],),
                   nbytes=2 * keys * c['KV'] * D * k.dtype.itemsize + q.nbytes() + out.nbytes(),
                   ops=4 * T * H * D * c['B'] * c['S'], **c)
 
-# %% ../../nbs/06a_softmax.ipynb #e0da04a3
+# %% ../../nbs/06a_softmax.ipynb #19d3f8a6
 def decode(
     q: Tensor, # (T, H, D) half or float
     k: Tensor, # (N, S, KV, D) keys: N blocks of S slots
@@ -196,23 +183,16 @@ def decode(
     tables: Tensor, # (rows, B) int32 blocks of each sequence
     owners: Tensor, # (T,) int32 row of `tables`
     positions: Tensor, # (T,) int32 each token sees its sequence up to here
-    **tuned: int, # in place of those of `sizes`
+    **tuned: int, # in place of those of `decode_sizes`
 ) -> Tensor: # (T, H, D)
-    "Attention through block tables; a key is read once for its heads. Raises `BadInput`."
+    "Compute attention through block tables, in one pass over the keys. Raises `BadInput`."
     inputs = q, k, v, tables, owners, positions
     check_attention(DECODE, *inputs)
-    return launch(DECODE, q.empty_like(), inputs, sizes(q, k, tables) | tuned)
+    return launch_decode(DECODE, q.empty_like(), inputs, decode_sizes(q, k, tables) | tuned)
 
-# %% ../../nbs/06a_softmax.ipynb #07eef93a
-PARTIALS = Kernel(LIMITS + 'kernel void paged_partials(device float4* out, ' + ONE_PASS + '''
-    const int place = ((t * H + head + g) * PARTS + (int)tg.z) * (D4 + 1);
-    out[place + c] = all;
-    if (c == 0) out[place + D4] = float4(top, sum, 0.0f, 0.0f);
-  }
-}''')
-
-# %% ../../nbs/06a_softmax.ipynb #96abdabc
-MERGE_PARTIALS = Kernel(LIMITS + '''
+# %% ../../nbs/06a_softmax.ipynb #ed5589b7
+MERGE_PARTIALS = Kernel('''
+constant constexpr float LOW = -1e30f;
 kernel void merge_partials(device T4* out, device const float4* partials,
     device const int* positions, uint2 tg [[threadgroup_position_in_grid]],
     uint lane [[thread_index_in_simdgroup]], uint simd [[simdgroup_index_in_threadgroup]]) {
@@ -238,20 +218,20 @@ kernel void merge_partials(device T4* out, device const float4* partials,
   out[row * D4 + i] = T4(all / sum);
 }''')
 
-# %% ../../nbs/06a_softmax.ipynb #aa983184
-def part_size(
+# %% ../../nbs/06a_softmax.ipynb #ea2501ed
+def choose_part_size(
     q: Tensor, # (T, H, D)
     k: Tensor, # (N, S, KV, D)
     tables: Tensor, # (rows, B)
 ) -> int: # keys, a multiple of 32; all of them if there is nothing to gain
-    "As few parts as fill the device."
-    context, fill = tables.shape[1] * k.shape[1], FILL.get(q.device.split(':')[0], 1)
-    c = sizes(q, k, tables, context)
+    "Choose the longest part with which the threadgroups occupy the device."
+    context, fill = tables.shape[1] * k.shape[1], FULL_GRID.get(q.device.split(':')[0], 1)
+    c = decode_sizes(q, k, tables, context)
     parts = -(-fill * c['HEADS'] // (q.shape[0] * c['H']))
     return min(context, max(32 * c['SIMDS'], -(-context // parts // 32) * 32))
 
-# %% ../../nbs/06a_softmax.ipynb #61ad1820
-MERGERS = 8             # simdgroups that merge the parts of one head
+# %% ../../nbs/06a_softmax.ipynb #136c0051
+MERGE_SIMDS = 8         # simdgroups that merge the parts of one head
 
 def decode_split(
     q: Tensor, # (T, H, D) half or float
@@ -260,27 +240,30 @@ def decode_split(
     tables: Tensor, # (rows, B) int32 blocks of each sequence
     owners: Tensor, # (T,) int32 row of `tables`
     positions: Tensor, # (T,) int32 each token sees its sequence up to here
-    part: int | None = None, # keys for one threadgroup; None: as `part_size` says
-    **tuned: int, # in place of those of `sizes`
+    part: int | None = None, # keys for one threadgroup; None: as `choose_part_size` says
+    **tuned: int, # in place of those of `decode_sizes`
 ) -> Tensor: # (T, H, D)
-    "As `decode`, the context cut into parts that run side by side. Raises `BadInput`."
-    inputs = q, k, v, tables, owners, positions
-    check_attention(PARTIALS, *inputs)
-    (T, H, D), c = q.shape, sizes(q, k, tables, part or part_size(q, k, tables)) | tuned
-    partials = Tensor.empty(T, H, c['PARTS'], D + 4, dtype=dtypes.float, device=q.device)
-    partials = launch(PARTIALS, partials, inputs, c)
-    return MERGE_PARTIALS(q.empty_like(), partials, positions, grid=(H, T), threads=(32 * MERGERS,),
-                          **c | dict(SIMDS=MERGERS))
+    """Compute what `decode` does, the context cut into parallel parts. Raises `BadInput`.
 
-# %% ../../nbs/06a_softmax.ipynb #c117a44f
+    Flash-Decoding (Dao et al. 2023): partial results in float32, merged by a second kernel."""
+    inputs = q, k, v, tables, owners, positions
+    check_attention(DECODE, *inputs)
+    (T, H, D), part = q.shape, part or choose_part_size(q, k, tables)
+    c = decode_sizes(q, k, tables, part) | dict(O4='float4', SPLIT=1) | tuned
+    partials = Tensor.empty(T, H, c['PARTS'], D + 4, dtype=dtypes.float, device=q.device)
+    partials = launch_decode(DECODE, partials, inputs, c)
+    return MERGE_PARTIALS(q.empty_like(), partials, positions, grid=(H, T),
+                          threads=(32 * MERGE_SIMDS,), **c | dict(SIMDS=MERGE_SIMDS))
+
+# %% ../../nbs/06a_softmax.ipynb #a78792fe
 def decode_attend(
     q: Tensor, # (T, H, D)
     k: Tensor, # (N, S, KV, D) keys: N blocks of S slots
     v: Tensor, # (N, S, KV, D)
-    batch: PagedBatch, # says whose each query is, and where it stands
+    batch: PagedBatch, # tables, owners and positions of the tokens
 ) -> Tensor: # (T, H, D)
-    "The seam `attend` for single tokens: in one pass, or in parts where cores would idle."
+    "Compute attention of single tokens: in one pass, or in parts where cores would idle."
     inputs = q, k, v, batch.tables, batch.owners, batch.positions
     check_attention(DECODE, *inputs)
-    whole = part_size(q, k, batch.tables) >= batch.tables.shape[1] * k.shape[1]
+    whole = choose_part_size(q, k, batch.tables) >= batch.tables.shape[1] * k.shape[1]
     return (decode if whole else decode_split)(*inputs)
