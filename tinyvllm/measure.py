@@ -51,8 +51,12 @@ def counting() -> Iterator[Counts]:
 class Timing:
     "Seconds of repeated runs."
     runs: list[float]
+
     @property
-    def median(self) -> float: return statistics.median(self.runs)
+    def median(self) -> float:
+        "The middle run, in seconds."
+        return statistics.median(self.runs)
+
     @property
     def spread(self) -> float:
         "Distance between the slowest and the fastest run, as a share of the median."
@@ -73,7 +77,9 @@ def timed(
     for i in range(warmup + repeat):
         synchronize()
         start = time.perf_counter()
-        if isinstance(out := fn(), Tensor): out.realize()
+        out = fn()
+        if isinstance(out, Tensor):
+            out.realize()
         synchronize()
         runs.append(time.perf_counter() - start)
     return Timing(runs[warmup:])
@@ -167,6 +173,7 @@ class Stopwatch:
     def ttft_s(self) -> float | None:
         "Seconds to the first token."
         return self.stamps[1] - self.stamps[0] if len(self.stamps) > 1 else None
+
     @property
     def decode_tok_s(self) -> float | None:
         """Tokens per second from the first step to the last but one; None before four.
@@ -193,7 +200,8 @@ def measure_stream(
     "Run a generation once; raises `ValueError` if it yields fewer than four items."
     steps, watch, it = [], Stopwatch(), iter(stream())
     while True:
-        with counting() as counts: item = next(it, None)
+        with counting() as counts:
+            item = next(it, None)
         if item is None: break
         steps.append(item if isinstance(item, list) else [item])
         watch.lap(len(steps[-1]))
@@ -207,8 +215,17 @@ def measure_stream(
 @dataclass
 class LadderRow:
     "One rung of the ladder on one machine."
-    rung: str; notebook: str; machine: str; device: str; model: str; dtype: str; workload: str
-    ttft_s: float; decode_tok_s: float; kernels_per_token: int; bytes_per_token: int
+    rung: str
+    notebook: str
+    machine: str
+    device: str
+    model: str
+    dtype: str
+    workload: str
+    ttft_s: float
+    decode_tok_s: float
+    kernels_per_token: int
+    bytes_per_token: int
     bandwidth_gb_s: float          # measured on this machine in the same run
     roof_tok_s: float              # what that bandwidth allows for this model and dtype
     roof_share: float              # decode_tok_s / roof_tok_s
@@ -222,8 +239,10 @@ class LadderRow:
 # %% ../nbs/00_measure.ipynb #efe65a7c
 def _output(*command: str) -> str:
     "What a command prints, or '' if it cannot run."
-    try: return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired): return ''
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ''
 
 def commit() -> str:
     "The commit that runs, or the package's version outside a checkout."
@@ -236,7 +255,8 @@ def machine_name(device: str | None = None) -> str:
     if device.startswith(('CUDA', 'NV')):
         names = _output('nvidia-smi', '--query-gpu=name', '--format=csv,noheader')
         return names.split('\n')[0] or device
-    if platform.system() == 'Darwin': name = _output('sysctl', '-n', 'machdep.cpu.brand_string')
+    if platform.system() == 'Darwin':
+        name = _output('sysctl', '-n', 'machdep.cpu.brand_string')
     else:
         info = Path('/proc/cpuinfo')
         lines = info.read_text().splitlines() if info.exists() else []
@@ -267,7 +287,8 @@ def append_row(
     row: LadderRow, # the measurement
 ) -> None:
     "Add a line to the ladder."
-    with open(path, 'a', encoding='utf-8') as f: f.write(json.dumps(asdict(row)) + '\n')
+    with open(path, 'a', encoding='utf-8') as f:
+        f.write(json.dumps(asdict(row)) + '\n')
 
 def read_rows(
     *paths: str | Path, # .jsonl files; an absent one is an empty ladder
@@ -277,7 +298,8 @@ def read_rows(
     for path in map(Path, paths):
         lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
         for n, line in enumerate(lines, 1):
-            try: row = LadderRow(**json.loads(line))
+            try:
+                row = LadderRow(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise BadInput(f'{path}, line {n} is not a ladder row: {error}') from None
             rows[row.rung, row.machine, row.model, row.dtype, row.requests] = row
@@ -305,15 +327,18 @@ def plot_ladder(
     groups = [[r for r in rows if (r.machine, r.device) == m] for m in machines] or [[]]
     fig, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 3), dpi=90, squeeze=False)
     for ax, here in zip(axes[0], groups):
-        for i, r in enumerate(here): _draw_row(ax, i, r)
-        if here: ax.set_title(here[0].machine, fontsize=9)
+        for i, r in enumerate(here):
+            _draw_row(ax, i, r)
+        if here:
+            ax.set_title(here[0].machine, fontsize=9)
         names = [r.rung if r.requests == 1 else f'{r.rung}\n×{r.requests}' for r in here]
         ax.set_xticks(range(len(here)), names, fontsize=8 if len(here) > 5 else 10)
         ax.set(yscale='log', xlabel='rung, × requests together',
                xlim=(-0.6, max(2, len(here)) - 0.4),
                ylim=(0.05, 4 * max([1, *(r.roof_tok_s for r in here)])))
         ax.spines[['top', 'right']].set_visible(False)
-    axes[0][0].set_ylabel('tokens per second'); fig.tight_layout()
+    axes[0][0].set_ylabel('tokens per second')
+    fig.tight_layout()
     return fig
 
 def _draw_row(ax, i: int, r: LadderRow) -> None:

@@ -20,9 +20,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..errors import BadInput
 
 # %% auto #0
-__all__ = ['MAX_STEPS', 'MAX_SIZE', 'GLOBALS', 'PADDING', 'FILTERS', 'spend_step', 'count_steps', 'Generation', 'raise_exception',
-           'check_size', 'check_growth', 'check_operator', 'guard_filter', 'Sandbox', 'compile_template', 'render_chat',
-           'check_messages']
+__all__ = ['MAX_STEPS', 'MAX_SIZE', 'GLOBALS', 'PADDING', 'FILTERS', 'spend_step', 'count_steps', 'GenerationTag',
+           'raise_exception', 'check_size', 'check_growth', 'check_operator', 'guard_filter', 'Sandbox',
+           'compile_template', 'render_chat', 'check_messages']
 
 # %% ../../nbs/00b_chat_template.ipynb #83fccd10
 MAX_STEPS, MAX_SIZE = 200_000, 1 << 24 # loop steps and calls; characters
@@ -39,7 +39,7 @@ def count_steps(context, items: Iterable):
         spend_step(context)
         yield item
 
-class Generation(Extension):
+class GenerationTag(Extension):
     "The tag `{% generation %} ... {% endgeneration %}`: renders what it encloses."
     tags = {'generation'}
 
@@ -110,7 +110,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self):
         super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=self.check_output,
-                         extensions=['jinja2.ext.loopcontrols', Generation])
+                         extensions=['jinja2.ext.loopcontrols', GenerationTag])
         filters = self.filters | FILTERS
         self.filters = {k: guard_filter(k, f) for k, f in filters.items() if k not in PADDING}
         self.globals = {k: self.globals[k] for k in ('range', 'dict', 'namespace')} | GLOBALS

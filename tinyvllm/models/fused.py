@@ -202,7 +202,7 @@ class FusedLayer:
 
 # %% ../../nbs/10c_fusion.ipynb #13e7ba7d
 class FusedLlama(Llama):
-    "The model of `00c_llama` in few kernels; it takes the place of the model it is made from."
+    "The model of `00f_llama` in few kernels; it takes the place of the model it is made from."
     def __init__(self,
         model: PackedLlama, # its layers are taken over one by one, and are gone
     ):

