@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from common import RESULTS, write_row
 from tinygrad import Device
-from tinyvllm.cli import bench
+from tinyvllm.cli import measurements as bench
 from tinyvllm.engine.defaults import make_engine
 from tinyvllm.measure import machine_name
 from tinyvllm.sampling.params import SamplingParams

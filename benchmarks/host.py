@@ -26,7 +26,7 @@ from pathlib import Path
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from common import RESULTS, write_row
-from tinyvllm.cli import bench
+from tinyvllm.cli import measurements as bench
 from tinyvllm.engine import llm as engine
 from tinyvllm.engine.defaults import make_engine
 from tinyvllm.runner import jit as runner

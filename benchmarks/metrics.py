@@ -15,10 +15,9 @@ from bisect import bisect_left
 
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from common import RESULTS, write_row
-from tinyvllm.cli import bench
+from tinyvllm.cli import measurements as bench
 from tinyvllm.engine.defaults import make_engine
 from tinyvllm.engine.core import EngineCore
-from tinyvllm.engine.outputs import StatLogger
 from tinyvllm.models.fused import fused
 from tinyvllm.engine.defaults import best_model
 from tinyvllm.models.llama import Llama, model_config
@@ -26,7 +25,8 @@ from tinyvllm.measure import machine_name
 from tinyvllm.server.metrics import SECONDS, MeteredCore, Metrics, StepStats, metered
 from tinyvllm.core.scheduler import WaitingQueue
 from tinyvllm.core.sequence import Batch, Sequence
-from tinyvllm.models.weights import resolve, tiny_checkpoint
+from tinyvllm.models.weights import tiny_checkpoint
+from tinyvllm.models.hub import resolve
 
 OUT, SEQS = RESULTS / 'metrics.jsonl', (1, 8, 32)
 TINY = dict(seed=3, max_position_embeddings=1024, num_hidden_layers=1, hidden_size=32)
@@ -42,17 +42,16 @@ class Pair:
     def __init__(self, model, seqs: int, tokens: int):
         self.load = bench.Load(batch=seqs, context=16, tokens=tokens)
         self.engine = make_engine(model, **self.load.sizes)
-        self.prompts, self.plain = self.load.prompts(model.config.vocab_size), self.engine.core
+        self.prompts = self.load.prompts(model.config.vocab_size)
         self.parts: list[dict] = []    # of a step, for each metered run
         self.run('plain')    # compiles, captures
 
     def run(self, way: str) -> bench.Run:
         "Decode once."
-        self.engine.core, self.engine.stats = self.plain, StatLogger()
         if way == 'plain':
             return bench.decode(self.engine, self.prompts, self.load)
-        metered(self.engine, metrics := Metrics())
-        run = bench.decode(self.engine, self.prompts, self.load)
+        metrics = Metrics()
+        run = bench.decode(metered(self.engine, metrics), self.prompts, self.load)
         self.parts.append(metrics.snapshot()['step_us'])
         return run
 
@@ -131,7 +130,7 @@ def loop(seqs: int) -> dict:
     def step():
         metered.step()
         for _ in range(seqs):
-            stats.spoke(nothing, 0, 1)
+            stats.record_tokens(nothing, 0, 1)
     full, plain = (min(timeit.repeat(call, number=2000, repeat=9)) / 0.002 for call in (step, core.step))
     return dict(what='loop', way='a list', seqs=seqs, us=round(full - plain, 2))
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from llama_cpp import FORMATS, model_file
 from common import RESULTS, Failed, our_environment, tinyvllm_bench, watched, write_row
-from tinyvllm.cli.bench import Trace, latencies
+from tinyvllm.cli.measurements import Trace, latencies
 from tinyvllm.measure import Stopwatch, machine_name
 from trace import VOCAB, serve, server
 

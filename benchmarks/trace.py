@@ -24,7 +24,7 @@ from pathlib import Path
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from llama_cpp import FORMATS, model_file
 from common import QUIET, RESULTS, Busy, Failed, quiet_sample, tinyvllm_bench, write_row
-from tinyvllm.cli.bench import Trace, latencies
+from tinyvllm.cli.measurements import Trace, latencies
 from tinyvllm.measure import Stopwatch, machine_name
 
 VOCAB = 49152    # of SmolLM2

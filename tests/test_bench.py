@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tinyvllm.cli import bench
-from tinyvllm.cli.bench import (Load, Run, Trace, layer_kernels, open_model, open_reference, percentiles, random_state,
+from tinyvllm.cli import measurements as bench
+from tinyvllm.cli.measurements import (Load, Run, Trace, layer_kernels, open_model, open_reference, percentiles, random_state,
                             speed, traffic)
 from tinyvllm.cli.main import main, parser
 from tinyvllm.errors import BadInput

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from tinyvllm import LLM, SamplingParams
-from tinyvllm.cli.bench import Workload, measure_rung
-from tinyvllm.cli.main import main, reply
+from tinyvllm.cli.measurements import Workload, measure_rung
+from tinyvllm.cli.generate import reply
+from tinyvllm.cli.main import main
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.core.sequence import Sequence
 from tinyvllm.models.tokenizer_files import load_tokenizer
@@ -166,9 +167,9 @@ def test_no_share_above_the_limit(folder, capsys, monkeypatch):
 
 
 def test_a_conversation_that_outgrows_the_context_says_so(folder, capsys, monkeypatch):
-    monkeypatch.setattr('tinyvllm.cli.main.CHAT_CONTEXT', 30)
+    monkeypatch.setattr('tinyvllm.cli.generate.CHAT_CONTEXT', 30)
     lines = iter(['a' * 40, 'a', '/reset', '/exit'])
-    monkeypatch.setattr('tinyvllm.cli.main.read_line', lambda: next(lines))
+    monkeypatch.setattr('tinyvllm.cli.generate.read_line', lambda: next(lines))
     code, out, err = in_process(capsys, 'chat', '--model', folder, '--max-tokens', 2)
     assert code == 0 and err.count('/reset forgets it') == err.count('\n') == 1 and 'context is 30' in err
     assert out.count('\n') == 1      # the second question was answered

@@ -123,7 +123,8 @@ def resume(
         if line and is_torn(text, line):
             file.truncate(end)
             return tally, chain([line], lines)
-        if not line or (record := as_answer(text, line)) is None:
+        record = as_answer(text, line) if line else None
+        if record is None:
             where = f'line {line[0]}' if line else 'any line left'
             raise bad_file(out, f'its line {tally.before + 1} does not answer {where} of {prompts}', todo)
         tally.before, tally.failed, end = tally.before + 1, tally.failed + ('error' in record), end + len(text)
@@ -185,7 +186,8 @@ def parse_request(
     if unknown := [key for key in given if key not in ('id', *PROMPTS, *PARAMS)]:
         raise BadInput(f'unknown key {unknown[0][:60]!r}; a line holds one of {", ".join(PROMPTS)}, '
                        f'and may hold id, {", ".join(PARAMS)}')
-    if len(kinds := [key for key in PROMPTS if key in given]) != 1:
+    kinds = [key for key in PROMPTS if key in given]
+    if len(kinds) != 1:
         raise BadInput(f'has {" and ".join(kinds) or "no prompt"}; give one of {", ".join(PROMPTS)}')
     return as_prompt(kinds[0], given[kinds[0]], tokenizer), replace(
         params, **{key: given[key] for key in PARAMS if key in given})
@@ -248,31 +250,32 @@ class BatchRun:
         self.engine, self.lines, self.params = engine, lines, params
         self.window = 2 * engine.scheduler.max_num_seqs  # lines in the engine: one half runs, one half waits
         self.queue: deque[Entry] = deque()  # all that were read and not yet written
-        self.asked: dict[int, Entry] = {}  # those in the engine, by line
+        self.running: dict[int, Entry] = {}  # those in the engine, by line
 
     def __iter__(self) -> Iterator[dict]:
         while self.fill():
             while self.queue and self.queue[0].record:
                 yield self.queue.popleft().record
-            for out in self.engine.step() if self.asked else ():
+            for out in self.engine.step() if self.running else ():
                 if out.finished:
-                    self.finish(self.asked.pop(out.request_id), out)
+                    self.finish(self.running.pop(out.request_id), out)
 
     def fill(self) -> bool:
-        "Read as many lines as there is room for; False when none is left, anywhere."
-        while len(self.asked) < self.window and len(self.queue) < HELD * self.window:
-            if (line := next(self.lines, None)) is None:
+        "Read lines while there is room; returns whether any line waits for its request."
+        while len(self.running) < self.window and len(self.queue) < HELD * self.window:
+            line = next(self.lines, None)
+            if line is None:
                 break
-            self.queue.append(self.ask(*line))
+            self.queue.append(self.make_request(*line))
         return bool(self.queue)
 
-    def ask(self, line: int, text: bytes) -> Entry:
+    def make_request(self, line: int, text: bytes) -> Entry:
         "Hand a line to the engine; a bad one has its record at once."
         entry = Entry(line)
         try:
             entry.given = parse(text)
             self.engine.add_request(line, *parse_request(entry.given, self.params, self.engine.tokenizer))
-            self.asked[line] = entry
+            self.running[line] = entry
         except BadInput as error:
             entry.record = error_record(line, entry.given, error)
         return entry

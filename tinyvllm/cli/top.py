@@ -69,9 +69,10 @@ def secret(path: str, what: str) -> str:
 # --- asking ------------------------------------------------------------------------------------------------
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    "Another host must not get the key."
+    "Refuses redirects: another host must not get the key."
 
     def redirect_request(self, *_):
+        "Follow no redirect."
         return None
 
 
