@@ -29,7 +29,8 @@ from tinyvllm.kernels import linear_cpu as module
 from tinyvllm.device import compiler_name
 from tinyvllm.measure import machine_name
 from tinyvllm.kernels.metal import Kernel
-from tinyvllm.quant.pack import Packed, format_of
+from tinyvllm.quant.pack import Packed
+from tinyvllm.quant.formats import format_of
 
 OUT = RESULTS / 'cpu_linear.jsonl'
 TOTAL, SLICE = 2**27, 2**22        # bytes: all copies of a case, and what is timed at once of memory

@@ -4,7 +4,7 @@
     python benchmarks/quant_quality.py int4-g32    # some formats
 
 The weights of each format are expanded to float32 and multiplied by the kernel of chapter 06b, so that nothing but the
-rounding differs. Four bits are rounded with the columns' mean squares on `quant.SAMPLE`, another text; `all alike` is
+rounding differs. Four bits are rounded with the columns' mean squares on `quant.calibrate.CALIBRATION_TEXT`, another text; `all alike` is
 without. `agree` is the share of the text's positions where the likeliest next token is the same as with f16.
 The file holds four-bit weights already (Q4_1): what is measured is what a second rounding does to them.
 """
@@ -21,11 +21,14 @@ import tinyvllm  # noqa: F401  picks the compiler before tinygrad looks
 import numpy as np
 from common import RESULTS, write_row
 from tinygrad import Tensor
-from tinyvllm.quant import pack as Q
+from tinyvllm.quant.calibrate import CALIBRATION_TEXT, calibrate_importance, log_likelihoods
+from tinyvllm.quant.load import load_packed, packed_state
+from tinyvllm.quant.pack import PackedLlama
 from tinyvllm.kernels.cpu import cpu_attend, matmul
 from tinyvllm.models.llama import Linear, Llama
-from tinyvllm.models.tokenizer import load_tokenizer
-from tinyvllm.models.weights import open_checkpoint, resolve
+from tinyvllm.models.tokenizer_files import load_tokenizer
+from tinyvllm.models.weights import open_checkpoint
+from tinyvllm.models.hub import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = RESULTS / 'quant.jsonl'
@@ -57,27 +60,27 @@ def expanded(state):
     return state, size
 
 
-def measured(config, source, name, ids, care):
+def measured(config, source, name, ids, importance):
     "One row: what a text costs in this format."
     start = time.perf_counter()
     quant = None if name == 'stored' else name.split(',')[0]
-    state = Q.packed_state(source, quant, care=None if 'alike' in name else care)
+    state = packed_state(source, quant, importance=None if 'alike' in name else importance)
     state, size = expanded(state)
     loaded = time.perf_counter() - start
-    said, best = Q.log_likelihoods(FastLlama(config, state), ids, cpu_attend)
-    return {'format': name, 'perplexity': math.exp(-said.mean()), 'bytes': size, 'quantise_s': round(loaded, 1)}, said, best
+    found, best = log_likelihoods(FastLlama(config, state), ids, cpu_attend)
+    return {'format': name, 'perplexity': math.exp(-found.mean()), 'bytes': size, 'quantise_s': round(loaded, 1)}, found, best
 
 
 def main(names):
     checkpoint = open_checkpoint(resolve('smollm2'))
     ids = load_tokenizer(checkpoint.path).encode(TEXT.read_text())
-    config, _ = Q.load_packed(checkpoint)
-    care = Q.sampled_care(checkpoint, config, Q.SAMPLE, None)
-    _, base, likeliest = measured(config, checkpoint, 'f16', ids, care)
+    config, _ = load_packed(checkpoint)
+    importance = calibrate_importance(lambda: PackedLlama(config, packed_state(checkpoint)), checkpoint.path, CALIBRATION_TEXT)
+    _, base, likeliest = measured(config, checkpoint, 'f16', ids, importance)
     for name in names:
-        row, said, best = measured(config, checkpoint, name, ids, care)
-        row |= {'over_f16': math.exp(base.mean() - said.mean()) - 1, 'agree': float((best == likeliest).mean()),
-                'largest_difference': float(np.abs(said - base).max()), 'tokens': len(said), 'text': TEXT.name,
+        row, found, best = measured(config, checkpoint, name, ids, importance)
+        row |= {'over_f16': math.exp(base.mean() - found.mean()) - 1, 'agree': float((best == likeliest).mean()),
+                'largest_difference': float(np.abs(found - base).max()), 'tokens': len(found), 'text': TEXT.name,
                 'model': 'SmolLM2-135M-Instruct Q4_1', 'tinygrad': version('tinygrad')}
         print(json.dumps(row), flush=True)
         write_row(OUT, row)
