@@ -12,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from tinygrad import Tensor
 
-from tinyvllm.kernels import sampler, top_tokens
+from tinyvllm.kernels import penalties, sampler, top_tokens
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.metalsim import MetalError, counting
-from tinyvllm.kernels.sampler import apply_penalties, pack_sampling_params, sample_tokens
+from tinyvllm.kernels.penalties import apply_penalties
+from tinyvllm.kernels.sampler import pack_sampling_params, sample_tokens
 from tinyvllm.kernels.top_tokens import find_top_tokens
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.sampling.sampler import (Sampler, log_softmax, process_logits, softmax,
@@ -333,7 +334,7 @@ def test_the_kernels_survive_the_trial():
 @pytest.mark.parametrize('kernel,change', [(k, c) for k, changes in MUTANTS.items() for c in changes],
                          ids=lambda x: x if isinstance(x, str) else x[0][:30])
 def test_a_mutant_is_caught(kernel, change, monkeypatch):
-    module = top_tokens if kernel == 'top_tokens' else sampler
+    module = dict(sample=sampler, penalties=penalties, top_tokens=top_tokens)[kernel]
     original = getattr(module, kernel.upper())
     assert change[0] in original.metal
     monkeypatch.setattr(module, kernel.upper(), Kernel(original.metal.replace(*change), c=original.c))

@@ -13,7 +13,7 @@ from tinygrad import Tensor, dtypes
 
 # %% auto #0
 __all__ = ['C_WORDS', 'METAL_WORDS', 'FLOAT_KEYS', 'THRESHOLD', 'C_LOOKS', 'C_TOOLS', 'C_SAMPLE', 'METAL_SAMPLE', 'SAMPLE',
-           'METAL_PENALTIES', 'C_PENALTIES', 'PENALTIES', 'pack_sampling_params', 'sample_tokens', 'apply_penalties']
+           'pack_sampling_params', 'sample_tokens']
 
 # %% ../../nbs/07a_sampler.ipynb #490a4351
 C_WORDS = '''
@@ -62,7 +62,7 @@ inlined int is_broken(float x) {      // NaN or +inf
 }
 '''
 
-# %% ../../nbs/07a_sampler.ipynb #e84e9fa2
+# %% ../../nbs/07a_sampler.ipynb #f4e9d2a4
 THRESHOLD = '''
 #define TEMPERATURE params[0]     // the numbers of a row: see `pack_sampling_params`
 #define MARGIN params[1]
@@ -70,7 +70,7 @@ THRESHOLD = '''
 #define TOP_K params[3]
 #define UNIFORM params[4]
 typedef struct { float mass; int count; } Above;
-typedef struct { uint least; int ties; } Threshold;   // keys above `least` stay, and some equal ones
+typedef struct { uint least; int ties; } Threshold;   // keys above `least` stay, and equal ones
 inlined Above above(device const float* x, device const float* w, uint key THREAD_PARAMETERS);
 
 // The highest key with so many logits at or above it, or with so much mass if `count` is 0.
@@ -305,49 +305,3 @@ def sample_tokens(
     raw = logits if raw_logits is None else raw_logits
     return SAMPLE(*outs, logits, raw, settings, grid=(R,), threads=(32 * simds,), ops=R * V,
                   nbytes=4 * R * V, T='float', WIDTH=32, V=V, ROWS=R, SIMDS=simds)[:2]
-
-# %% ../../nbs/07a_sampler.ipynb #91d7dc33
-METAL_PENALTIES = '''
-kernel void penalties(device float* out, device const float* logits, device const int* seen,
-    device const int* counts, device const int* begins, device const float* settings,
-    uint row [[threadgroup_position_in_grid]], uint me [[thread_index_in_threadgroup]]) {
-  for (int i = me; i < V; i += 256) out[long(row) * V + i] = logits[long(row) * V + i];
-  threadgroup_barrier(mem_flags::mem_device);
-  device const float* params = settings + row * 8;
-  const float repetition = params[5], presence = params[6], frequency = params[7];
-  for (int e = begins[row] + me; e < begins[row + 1]; e += 256) {
-    const long at = long(row) * V + seen[e];
-    const float x = logits[at];
-    out[at] = (x > 0 ? x / repetition : x * repetition) - frequency * counts[e]
-              - (counts[e] ? presence : 0.0f);
-  }
-}'''
-
-# %% ../../nbs/07a_sampler.ipynb #45e019d3
-C_PENALTIES = '''
-kernel void penalties(device float* out, device const float* logits, device const int* seen,
-    device const int* counts, device const int* begins, device const float* settings) {
-  for (long i = 0; i < (long)ROWS * V; i++) out[i] = logits[i];
-  for (int r = 0; r < ROWS; r++)
-    for (int e = begins[r]; e < begins[r + 1]; e++) {
-      const float x = logits[(long)r * V + seen[e]], *params = settings + r * 8;
-      const float repetition = params[5], presence = params[6], frequency = params[7];
-      out[(long)r * V + seen[e]] = (x > 0 ? x / repetition : x * repetition)
-                                   - frequency * counts[e] - (counts[e] ? presence : 0);
-    }
-}'''
-PENALTIES = Kernel(METAL_PENALTIES, c=C_PENALTIES)
-
-# %% ../../nbs/07a_sampler.ipynb #0378ee00
-def apply_penalties(
-    logits: Tensor, # (R, V) float32
-    seen: Tensor, # (E,) int32 tokens of a row's prompt and output, each once, row after row
-    counts: Tensor, # (E,) int32 how often in the output; 0: only in the prompt
-    begins: Tensor, # (R + 1,) int32 first entry of each row, and the end
-    settings: Tensor, # (R, 8) float32, of `pack_sampling_params`
-) -> Tensor: # (R, V) float32
-    "Apply repetition, presence and frequency penalties, as `process_logits` does on the host."
-    R, V = logits.shape
-    out = Tensor.empty(R, V, dtype=dtypes.float, device=logits.device)
-    return PENALTIES(out, logits, seen, counts, begins, settings, grid=(R,), threads=(256,), V=V,
-                     ROWS=R, nbytes=8 * R * V)

@@ -259,7 +259,10 @@ kernel void prepare(device int* inputs, device int* tokens, device int* position
                  step_to_slot[step_counter[0] % NUM_STEPS], last_tokens, 0, 1);
 }''')
 
-# %% ../../nbs/07b_inputs.ipynb #9dc7d908
+# %% ../../nbs/07b_inputs.ipynb #6d0dadf1
+NUM_STAGING_BUFFERS = 4    # of a graph: one is filled while the device reads another
+THREADS = 512              # of `prepare` on a GPU
+
 def prepare_constants(
     parts: Parts, # of a staging buffer
 ) -> dict[str, int]: # what `prepare` is compiled with
@@ -272,10 +275,7 @@ def prepare_constants(
     sizes = dict(TOKENS=parts['known_tokens'][0][0], ROWS=rows, WIDTH=width, STEPS=steps)
     return offsets | sizes | dict(SIZE=size)
 
-# %% ../../nbs/07b_inputs.ipynb #49484e72
-NUM_STAGING_BUFFERS = 4    # of a graph: one is filled while the device reads another
-THREADS = 512              # of `prepare` on a GPU
-
+# %% ../../nbs/07b_inputs.ipynb #a36f4359
 class InputBuffers:
     "All inputs of a graph that change: staging buffers for the host, and buffers that stay."
     def __init__(self,

@@ -45,7 +45,7 @@ kernel void publish(device int* slots, device int* last_tokens, device int* step
   slot[0] = step_counter[0]++;
 }''')
 
-# %% ../../nbs/07bb_sampled_tokens.ipynb #9fd8080d
+# %% ../../nbs/07bb_sampled_tokens.ipynb #b5663407
 class SampledTokenBuffer:
     "Slots in shared memory, in which steps leave their tokens and log-probabilities."
     def __init__(self,
@@ -73,7 +73,8 @@ class SampledTokenBuffer:
         step_id: int, # of a step that was launched
     ) -> np.ndarray: # (size,) int32
         "Wait until a step has written its slot. Raises the error that the device failed with."
-        start, slot, device = time.perf_counter(), self.slots[step_id % NUM_STEPS], self.state.device
+        start, slot = time.perf_counter(), self.slots[step_id % NUM_STEPS]
+        device = self.state.device
         if command_buffer := self.command_buffers.pop(step_id, None):
             wait_for_command_buffer(device, command_buffer)
         while slot[0] != step_id:
