@@ -3,7 +3,6 @@ import asyncio
 import random
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -188,8 +187,10 @@ def test_hits_are_at_most_queries():
 
 def test_streams_are_counted():
     "Through `AsyncLLM`: what the readers got is what was counted, and one who leaves has aborted."
-    def slow(batch):
-        time.sleep(0.002)
+    def runner_that_waits(batch):
+        "The longest request cannot end before its reader has left."
+        if any(len(seq.output_token_ids) >= 30 for seq in batch.seqs):
+            has_left.wait(60)
         return runner(batch)
 
     async def read(engine, i):
@@ -198,18 +199,19 @@ def test_streams_are_counted():
         async for out in stream:
             if i == 3:
                 stream.close()
+                has_left.set()
                 break
         return out
 
     async def everybody():
-        engine = AsyncLLM(metered(make(run=slow), metrics))
+        engine = AsyncLLM(metered(make(run=runner_that_waits), metrics))
         try:
             outs = await asyncio.gather(*(read(engine, i) for i in range(8)))
             while engine.engine.core.scheduler.running: await asyncio.sleep(0.01)
         finally: engine.shutdown()
         return outs
-    metrics = Metrics()
-    outs = asyncio.run(asyncio.wait_for(everybody(), 30))
+    metrics, has_left = Metrics(), threading.Event()
+    outs = asyncio.run(asyncio.wait_for(everybody(), 120))
     count = metrics.tally.counters
     assert count['requests', ''] == 8 and count['request_success', 'length'] == 7
     assert count['request_success', 'abort'] == 1

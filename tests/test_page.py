@@ -149,7 +149,7 @@ def visit(browser, server):
 
     def visit(url=server.url, **options):
         context = browser.new_context(**{'viewport': {'width': 1280, 'height': 800}} | options)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(60_000)
         page = context.new_page()
         page.on('request', lambda r: hosts.add(r.url.partition('://')[2].partition('/')[0]))
         page.on('pageerror', lambda e: complaints.append(str(e)))
@@ -164,7 +164,7 @@ def visit(browser, server):
     assert all(host.startswith('127.0.0.1:') or not host for host in hosts)
 
 
-def until(page, condition, seconds=20):
+def until(page, condition, seconds=60):
     "Wait for JavaScript to be true: from here, since the page's policy allows no `eval` there."
     end = time.monotonic() + seconds
     while not page.evaluate(condition):

@@ -184,9 +184,9 @@ def test_chats_that_are_refused(param, body):
                                  b'{"prompt": "x", "y": NaN}', b'{"prompt": "x", "y": -Infinity}', b'{"prompt": "x", "min_p": 1e999}',
                                  b'[' * 100_000, b'{"a":' * 100_000, b'{"prompt": [' + b'1' * 5000 + b']}'])
 def test_bodies_that_are_no_request(raw):
-    start = time.perf_counter()
+    start = time.process_time()
     refusal(CompletionRequest, raw)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize('body', [{'prompt': ['x', *[1] * 500_000]}, {'prompt': [1, *['x'] * 300_000]},
@@ -194,9 +194,9 @@ def test_bodies_that_are_no_request(raw):
                                   {'prompt': 'x', 'stop': ['x'] * 400_000},
                                   {'prompt': 'x', 'structured_outputs': {str(i): 1 for i in range(50_000)}}])
 def test_a_large_body_gets_a_small_answer(body):
-    start = time.perf_counter()
+    start = time.process_time()
     error = refusal(CompletionRequest, **body)
-    assert len(error.message) < 2300 and time.perf_counter() - start < 2
+    assert len(error.message) < 2300 and time.process_time() - start < 2
 
 
 def test_a_fault_does_not_repeat_what_was_sent():
@@ -509,6 +509,6 @@ def test_a_slow_reader_costs_no_more_than_a_quick_one():
     body, text = chat(), 'abc ' * 2000
     looks = sorted(random.Random(0).sample(range(1, 8000), 2000))
     states = [saying(text, n, logprobs=False) for n in looks]
-    reply, start = replying(body), time.perf_counter()
+    reply, start = replying(body), time.process_time()
     for state in states: reply.add(0, state)
-    assert (time.perf_counter() - start) / len(looks) < 0.002    # seconds; it looks at what is new, not at all
+    assert (time.process_time() - start) / len(looks) < 0.002    # seconds; it looks at what is new, not at all

@@ -189,9 +189,9 @@ def test_an_answer_keeps_the_space_after_its_prompt(kinds):
 def test_streaming_costs_the_same_for_every_token(smol):
     detok, ids = smol.stream(), smol.encode('The river rose in the night. 🌧 ') * 2000
     def clock(part):
-        start = time.perf_counter()
+        start = time.process_time()
         for i in part: detok.add(i)
-        return time.perf_counter() - start
+        return time.process_time() - start
     first = clock(ids[:4000])
     clock(ids[4000:-4000])
     assert clock(ids[-4000:]) < 10 * first + 0.05
@@ -420,9 +420,9 @@ def test_templates(kinds, template, text):
     "{{ raise_exception('roles must\\nalternate') }}", "{{ 'a' + 1 }}", "{% for m in 5 %}{% endfor %}",
 ])
 def test_hostile_and_broken_templates(template):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(BadInput) as error: render_chat(template, CHAT)
-    assert '\n' not in str(error.value) and time.perf_counter() - start < 10
+    assert '\n' not in str(error.value) and time.process_time() - start < 10
     assert CHAT[0]['role'] == 'system'
 
 
