@@ -34,7 +34,7 @@ def free_ids(free_list):
 
 
 class Walk(RuleBasedStateMachine):
-    "A manager, the memory that it gives out, and for each owner the tokens it should find there."
+    "A manager, the memory of its blocks, and for each owner the tokens it should find there."
     steps = copies = 0    # in all walks
 
     @initialize(num_blocks=st.integers(2, 50), block_size=st.sampled_from([1, 2, 3, 4, 7, 16]))
@@ -42,7 +42,7 @@ class Walk(RuleBasedStateMachine):
         self.total, self.size = num_blocks, block_size
         self.manager = BlockManager(num_blocks, block_size)
         self.memory = [[None] * block_size for _ in range(num_blocks)]
-        self.tokens, self.born, self.said = {}, 0, 0
+        self.tokens, self.born, self.written = {}, 0, 0
 
     # --- what the walk needs to know, without asking the module ---
 
@@ -53,12 +53,12 @@ class Walk(RuleBasedStateMachine):
 
     def pick(self, number): return list(self.tokens)[number % len(self.tokens)]
 
-    def holders(self): return Counter(i for t in self.manager.tables.values() for i in t.ids)
+    def counts(self): return Counter(i for t in self.manager.tables.values() for i in t.ids)
 
     def shares_tail(self, owner):
-        "Does another owner hold the block in which this one's next token belongs?"
+        "Is the block of the owner's next token in another table too?"
         have = len(self.tokens[owner])
-        return have % self.size > 0 and self.holders()[self.manager.tables[owner].ids[-1]] > 1
+        return have % self.size > 0 and self.counts()[self.manager.tables[owner].ids[-1]] > 1
 
     def needs(self, owner, n):
         have = len(self.tokens.get(owner, ()))
@@ -72,14 +72,14 @@ class Walk(RuleBasedStateMachine):
         assert self.state() == before
 
     def write(self, owner, start, n):
-        "New tokens through the table; every block written to has one holder."
-        table, holders = self.manager.tables[owner].ids, self.holders()
+        "New tokens through the table; every block written to is in one table."
+        table, counts = self.manager.tables[owner].ids, self.counts()
         for t in range(start, start + n):
             block = table[t // self.size]
-            assert holders[block] == 1 == self.manager.pool.blocks[block].ref_count, 'wrote to a shared block'
-            self.said += 1
-            self.memory[block][t % self.size] = self.said
-            self.tokens[owner].append(self.said)
+            assert counts[block] == 1 == self.manager.pool.blocks[block].ref_count, 'wrote to a shared block'
+            self.written += 1
+            self.memory[block][t % self.size] = self.written
+            self.tokens[owner].append(self.written)
 
     # --- the steps ---
 
@@ -131,7 +131,7 @@ class Walk(RuleBasedStateMachine):
 
     @precondition(lambda self: self.tokens)
     @rule(number=ANY, n=st.integers(1, 7))
-    def sample(self, number, n):
+    def fork_and_append(self, number, n):
         "A second answer to one prompt: both go on from the same block."
         parent = number % len(self.tokens)
         self.fork(parent, 0)
@@ -142,14 +142,14 @@ class Walk(RuleBasedStateMachine):
     @rule(number=ANY)
     def free(self, number):
         Walk.steps += 1
-        self.let_go(self.pick(number))
+        self.release(self.pick(number))
 
-    def let_go(self, owner):
-        line, refs, tables = self.state()
+    def release(self, owner):
+        free, refs, tables = self.state()
         self.manager.free(owner)
         del self.tokens[owner]
         freed = [i for i in reversed(tables[owner][0]) if refs[i] == 1]
-        assert free_ids(self.manager.pool.free) == line + freed    # the tail goes first
+        assert free_ids(self.manager.pool.free) == free + freed    # the tail goes first
 
     @precondition(lambda self: self.tokens)
     @rule(number=ANY)
@@ -160,24 +160,24 @@ class Walk(RuleBasedStateMachine):
         assert not m.can_allocate(owner, beyond)
         self.refused(IndexError, m.append, owner, beyond)
         self.refused(IndexError, m.fork, owner, 'new', len(self.tokens[owner]) + 1)
-        for call, *args in ((m.append, 'nobody', 1), (m.free, 'nobody'), (m.fork, 'nobody', 'new', 0),
+        for call, *args in ((m.append, 'unknown', 1), (m.free, 'unknown'), (m.fork, 'unknown', 'new', 0),
                             (m.allocate, owner, 0), (m.fork, owner, owner, 0)):
             self.refused(KeyError, call, *args)
 
     # --- what holds after each of them ---
 
     @invariant()
-    def every_block_is_free_or_held(self):
-        line, refs, tables = self.state()
-        holders = self.holders()
-        assert len(set(line)) == len(line) == self.manager.num_free
-        assert refs == [holders[i] for i in range(self.total)]
-        assert {*line} ^ {*holders} == {*range(1, self.total)} and not {*line} & {*holders}
-        assert len(line) + len(holders) + 1 == self.total
+    def every_block_is_free_or_in_a_table(self):
+        free, refs, tables = self.state()
+        counts = self.counts()
+        assert len(set(free)) == len(free) == self.manager.num_free
+        assert refs == [counts[i] for i in range(self.total)]
+        assert {*free} ^ {*counts} == {*range(1, self.total)} and not {*free} & {*counts}
+        assert len(free) + len(counts) + 1 == self.total
         assert all(len(set(ids)) == len(ids) for ids, _ in tables.values())
 
     @invariant()
-    def everybody_reads_its_own_tokens(self):
+    def every_owner_reads_its_own_tokens(self):
         assert self.manager.tables.keys() == self.tokens.keys()
         for owner, table in self.manager.tables.items():
             assert table.length == len(self.tokens[owner]) and len(table.ids) == ceil(table.length, self.size)
@@ -187,7 +187,7 @@ class Walk(RuleBasedStateMachine):
 
     def teardown(self):
         if not hasattr(self, 'manager'): return
-        for owner in list(self.tokens): self.let_go(owner)
+        for owner in list(self.tokens): self.release(owner)
         assert sorted(free_ids(self.manager.pool.free)) == list(range(1, self.total))
         assert not any(b.ref_count for b in self.manager.pool.blocks) and not self.manager.tables
 
@@ -204,23 +204,23 @@ def test_walk():
 
 def test_free_list_is_first_in_first_out():
     blocks = [Block(i) for i in range(4)]
-    line = FreeList(blocks)
-    first = line.popleft()
-    line.append(first)
-    assert free_ids(line) == [1, 2, 3, 0]
-    assert [line.popleft().id for _ in range(4)] == [1, 2, 3, 0] and not len(line)
-    with pytest.raises(IndexError): line.popleft()
-    line.append(first)
-    assert free_ids(line) == [0]
+    free = FreeList(blocks)
+    first = free.popleft()
+    free.append(first)
+    assert free_ids(free) == [1, 2, 3, 0]
+    assert [free.popleft().id for _ in range(4)] == [1, 2, 3, 0] and not len(free)
+    with pytest.raises(IndexError): free.popleft()
+    free.append(first)
+    assert free_ids(free) == [0]
 
 
-def test_block_0_is_never_handed_out():
+def test_block_0_is_never_allocated():
     pool = BlockPool(8)
     assert sorted(pool.allocate() for _ in range(7)) == list(range(1, 8))
     with pytest.raises(IndexError): pool.allocate()
 
 
-def test_a_shared_block_is_free_when_the_last_holder_lets_go():
+def test_a_shared_block_is_free_when_its_last_table_is():
     pool = BlockPool(3)
     block = pool.allocate()
     pool.share([block, block])
@@ -239,7 +239,7 @@ def test_tail_is_freed_first():
     assert free_ids(manager.pool.free) == [5, 6, 7, 8, 4, 3, 2, 1]
 
 
-def test_the_last_holder_writes_in_place():
+def test_the_last_table_writes_in_place():
     prompt = BlockTable(BlockPool(9), 4)
     prompt.append(6)
     samples = [prompt, prompt.fork(6), prompt.fork(6)]
@@ -320,9 +320,9 @@ class Touched(Block):
 
 def test_free_list_touches_neighbours_only():
     def cost(size):
-        line = FreeList(Touched(i) for i in range(size))
+        free = FreeList(Touched(i) for i in range(size))
         Touched.touches = 0
-        line.append(line.popleft())
+        free.append(free.popleft())
         return Touched.touches
     assert 0 < cost(10) == cost(10_000) < 20
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from test_scheduler import EOS, alone, next_token, prompt
+from support.fake_model import EOS, alone, next_token, prompt
 from tinyvllm.core.blocks import BlockManager
 from tinyvllm.engine.defaults import make_engine
 from tinyvllm.errors import BadInput

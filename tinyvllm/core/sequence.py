@@ -13,11 +13,12 @@ from ..sampling.sampler import Sampled, Sampler
 # %% auto #0
 __all__ = ['SequenceStatus', 'Sequence', 'Batch']
 
-# %% ../../nbs/02a_sequence.ipynb #9d3f4c70
+# %% ../../nbs/02a_sequence.ipynb #9074ca20
 class SequenceStatus(Enum):
     "Where a sequence is. Running sequences own blocks, the others own none."
     WAITING, RUNNING, FINISHED = range(3)
 
+# %% ../../nbs/02a_sequence.ipynb #45d4d189
 class Sequence:
     "The tokens of one answer, prompt included, and how far their keys and values are computed."
     def __init__(self,
@@ -32,10 +33,10 @@ class Sequence:
         self.id, self.params, self.parent = id, params, parent
         self.token_ids, self.num_prompt = list(prompt_token_ids), len(prompt_token_ids)
         self.num_computed = 0    # tokens whose keys and values are in the cache
-        self.in_flight = 0       # tokens sampled on the device whose ids have not arrived here
-        self.sampled: list[Sampled] = []              # the output tokens, with log-probabilities
-        self.prompt_logprobs: dict[int, Sampled] = {} # position of a prompt token -> its own
-        self.status, self.rank = SequenceStatus.WAITING, (priority, 0)
+        self.in_flight = 0       # tokens that are sampled, and whose ids are not known here
+        self.sampled: list[Sampled] = []    # the output tokens, with log-probabilities
+        self.prompt_logprobs: dict[int, Sampled] = {}    # by position, from 1
+        self.status, self.rank = SequenceStatus.WAITING, (priority, 0)    # rank: see `Scheduler`
         self.eos_ids = () if params.ignore_eos else eos_ids
         self.stop_ids = {*self.eos_ids, *params.stop_token_ids}
         self.logits_processors = logits_processors
@@ -65,7 +66,7 @@ class Sequence:
 
     @property
     def num_to_score(self) -> int:
-        "Prompt tokens not computed whose successor's log-probability is asked for and missing."
+        "Prompt positions ahead, the last one aside, if their log-probabilities are asked for."
         if self.params.prompt_logprobs is None: return 0
         if len(self.prompt_logprobs) >= self.num_prompt - 1: return 0
         return max(0, self.num_prompt - 1 - self.num_computed)
