@@ -22,7 +22,7 @@ from tinyvllm.models.fused import fused
 from tinyvllm.engine.defaults import best_model
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.measure import machine_name
-from tinyvllm.server.metrics import SECONDS, MeteredCore, Metrics, StepStats, metered
+from tinyvllm.server.metrics import SECONDS, MeteredCore, Metrics, attach_metrics
 from tinyvllm.core.scheduler import WaitingQueue
 from tinyvllm.core.sequence import Batch, Sequence
 from tinyvllm.models.weights import tiny_checkpoint
@@ -51,7 +51,7 @@ class Pair:
         if way == 'plain':
             return bench.decode(self.engine, self.prompts, self.load)
         metrics = Metrics()
-        run = bench.decode(metered(self.engine, metrics), self.prompts, self.load)
+        run = bench.decode(attach_metrics(self.engine, metrics), self.prompts, self.load)
         self.parts.append(metrics.snapshot()['step_us'])
         return run
 
@@ -123,7 +123,7 @@ class Nothing:
 
 def loop(seqs: int) -> dict:
     "The counting of a step alone."
-    nothing, stats = Nothing(seqs), StepStats()
+    nothing, stats = Nothing(seqs), Metrics()
     core = EngineCore(nothing, nothing)
     metered = MeteredCore(core, stats)
 

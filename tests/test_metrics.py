@@ -17,8 +17,9 @@ from tinyvllm.engine.core import EngineCore
 from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import model_config
 from tinyvllm.server.metrics import (COUNTERS, GAUGES, HISTOGRAMS, LABELS, PARTS, PREFIX, SECONDS, Histogram, Metrics, fragmentation,
-                              metered, per_second, scale)
+                              attach_metrics, per_second, bucket_bounds)
 from tinyvllm.sampling.params import SamplingParams
+from tinyvllm.server.prometheus import render_prometheus
 from tinyvllm.sampling.sampler import Sampled
 from tinyvllm.core.scheduler import Scheduler
 from tinyvllm.models.weights import tiny_checkpoint
@@ -69,7 +70,7 @@ def random_run(engine, plan, rng):
 @given(plan=PLANS, blocks=st.integers(14, 40), seed=st.integers(0, 999))
 def test_counters_are_the_sums(more, plan, blocks, seed):
     engine, batches = make(blocks, **more), []
-    engine = metered(engine, metrics := Metrics())
+    engine = attach_metrics(engine, metrics := Metrics())
     schedule = engine.scheduler.schedule
 
     def noting():
@@ -77,8 +78,8 @@ def test_counters_are_the_sums(more, plan, blocks, seed):
         return batches[-1]
     engine.scheduler.schedule = noting
     outputs = random_run(engine, plan, random.Random(seed))
-    metrics.now()
-    count, h = metrics.tally.counters, metrics.tally.histograms
+    metrics.read_gauges()
+    count, h = metrics.store.counters, metrics.store.histograms
     began = [o for o in outputs if o.outputs[0].token_ids]
     said = [sum(len(a.token_ids) for a in o.outputs) for o in outputs]
     assert count['requests', ''] == len(outputs)
@@ -113,9 +114,9 @@ def test_times_add_up(more, plan, seed):
             now = request.output.metrics.stamps[-1]
             if not index and request in last: gaps.append(now - last[request])
             if not index: last[request] = now
-    engine = metered(engine, metrics := Noting())
+    engine = attach_metrics(engine, metrics := Noting())
     outputs = [o for o in random_run(engine, plan, random.Random(seed)) if o.outputs[0].token_ids]
-    h = {name.removesuffix('_seconds'): h.sum for name, h in metrics.tally.histograms.items()}
+    h = {name.removesuffix('_seconds'): h.sum for name, h in metrics.store.histograms.items()}
     laps = [o.metrics.stamps for o in outputs]
     assert h['time_to_first_token'] == pytest.approx(sum(s[1] - s[0] for s in laps))
     assert h['request_queue_time'] + h['request_prefill_time'] == pytest.approx(h['time_to_first_token'])
@@ -129,7 +130,7 @@ def test_times_add_up(more, plan, seed):
 def test_the_same_answers_with_and_without():
     plan = [(9, 7, 2, False), (3, 12, 1, False), (20, 5, 1, True), (1, 0, 1, False)]
     plain = random_run(make(15), plan, random.Random(1))
-    counted = random_run(metered(make(15), Metrics()), plan, random.Random(1))
+    counted = random_run(attach_metrics(make(15), Metrics()), plan, random.Random(1))
     assert [[a.token_ids for a in o.outputs] for o in plain] == [[a.token_ids for a in o.outputs] for o in counted]
 
 
@@ -154,12 +155,12 @@ def test_the_parts_of_a_step(monkeypatch):
     plan.schedule = lambda: (work(1), schedule())[1]
     plan.update_from_output = lambda *a: (work(3, waiting=20), update(*a))[1]
     monkeypatch.setattr(module.time, 'perf_counter', lambda: now.s)
-    engine = metered(engine, metrics := Metrics())
+    engine = attach_metrics(engine, metrics := Metrics())
     engine.add_request('a', [1] * 20, SamplingParams(max_tokens=3, ignore_eos=True))
     while engine.has_unfinished_requests(): engine.step()
     steps = metrics.snapshot()['steps']
     assert steps == 4 and metrics.snapshot()['step_us'] == dict(schedule=1e6, launch=2e6, wait=30e6, update=3e6)
-    h = metrics.tally.histograms
+    h = metrics.store.histograms
     assert h['prefill_step_seconds'].sum == 2 * 36 and h['decode_step_seconds'].sum == 2 * 36
 
 
@@ -167,18 +168,18 @@ def test_preemptions_before_it_counted_are_not_its_own():
     engine = make(blocks=9)
     random_run(engine, [(9, 12, 1, False)] * 4, random.Random(3))
     assert engine.scheduler.preemptions
-    engine = metered(engine, metrics := Metrics())
+    engine = attach_metrics(engine, metrics := Metrics())
     assert metrics.snapshot()['preemptions'] == 0
 
 
 def test_hits_are_at_most_queries():
     engine = make()
-    engine = metered(engine, metrics := Metrics())
+    engine = attach_metrics(engine, metrics := Metrics())
     for i, cached in enumerate((0, 8, 4)):
         out = engine.add_request(i, [5] * 9, SamplingParams(max_tokens=2, ignore_eos=True))
         out.num_cached_tokens = cached
     while engine.has_unfinished_requests(): engine.step()
-    count = metrics.tally.counters
+    count = metrics.store.counters
     assert count['prefix_cache_hits', ''] == count['prompt_tokens_cached', ''] == 12
     assert count['prefix_cache_queries', ''] == 27
 
@@ -204,7 +205,7 @@ def test_streams_are_counted():
         return out
 
     async def everybody():
-        engine = AsyncLLM(metered(make(run=runner_that_waits), metrics))
+        engine = AsyncLLM(attach_metrics(make(run=runner_that_waits), metrics))
         try:
             outs = await asyncio.gather(*(read(engine, i) for i in range(8)))
             while engine.engine.core.scheduler.running: await asyncio.sleep(0.01)
@@ -212,7 +213,7 @@ def test_streams_are_counted():
         return outs
     metrics, has_left = Metrics(), threading.Event()
     outs = asyncio.run(asyncio.wait_for(everybody(), 120))
-    count = metrics.tally.counters
+    count = metrics.store.counters
     assert count['requests', ''] == 8 and count['request_success', 'length'] == 7
     assert count['request_success', 'abort'] == 1
     assert count['generation_tokens', ''] == sum(len(o.outputs[0].token_ids) for o in outs)
@@ -220,12 +221,12 @@ def test_streams_are_counted():
 
 def test_reading_while_it_works():
     "Pages and snapshots from another thread, while tables come and go."
-    engine = metered(make(), metrics := Metrics())
+    engine = attach_metrics(make(), metrics := Metrics())
     stop, faults = threading.Event(), []
 
     def look():
         while not stop.is_set():
-            try: metrics.render(); metrics.snapshot()
+            try: render_prometheus(metrics); metrics.snapshot()
             except Exception as error: faults.append(error); return
     reader = threading.Thread(target=look)
     reader.start()
@@ -258,7 +259,7 @@ def test_a_quantile_is_in_the_right_bucket(values, share):
 
 
 def test_the_ends_of_a_histogram():
-    h = Histogram(scale(0, 1))
+    h = Histogram(bucket_bounds(0, 1))
     assert h.quantile(0.5) is None and h.bounds == [1, 2, 5, 10]
     h.observe(1e9)
     assert h.quantile(0.5) == 10
@@ -296,23 +297,23 @@ def test_fragmentation_counts_slots(moves):
 def parsed(metrics) -> dict:
     "Samples of the page by name, label values and all."
     parser = pytest.importorskip('prometheus_client.parser')
-    page, kind = metrics.render()
+    page, kind = render_prometheus(metrics)
     assert kind.startswith('text/plain')
     return {(s.name, *sorted(s.labels.items())): s.value for f in parser.text_string_to_metric_families(page.decode())
             for s in f.samples}
 
 
 def test_the_page_says_what_was_counted():
-    engine = metered(make(), metrics := Metrics('m'))
+    engine = attach_metrics(make(), metrics := Metrics('m'))
     random_run(engine, [(9, 5, 1, False), (3, 4, 2, True)], random.Random(0))
-    page, count, label = parsed(metrics), metrics.tally.counters, ('model_name', 'm')
+    page, count, label = parsed(metrics), metrics.store.counters, ('model_name', 'm')
     for (name, value), n in count.items():
         labels = [label] + ([(LABELS[name][0], value)] if value else [])
         assert page[PREFIX + name + '_total', *sorted(labels)] == n
-    for name, h in metrics.tally.histograms.items():
+    for name, h in metrics.store.histograms.items():
         assert page[PREFIX + name + '_count', label] == total(h) == page[PREFIX + name + '_bucket', ('le', '+Inf'), label]
         assert page[PREFIX + name + '_sum', label] == h.sum
-    for name, value in metrics.now().items():
+    for name, value in metrics.read_gauges().items():
         if 'memory' not in name: assert page[PREFIX + name, label] == value
     assert page[PREFIX + 'cache_config_info', ('block_size', '4'), label, ('num_blocks', '40')] == 1
 
@@ -329,19 +330,19 @@ def test_names_are_those_of_vllm():
 
 def test_labels_are_bounded():
     "No client decides what series there are: not by ids, not by what it is refused for."
-    engine = metered(make(), metrics := Metrics())
+    engine = attach_metrics(make(), metrics := Metrics())
     before = {key for key in parsed(metrics) if key[0].startswith(PREFIX)}
     for i in range(50):
-        metrics.rejected(f'because of {i}')
+        metrics.record_rejection(f'because of {i}')
         engine.add_request(f'secret-{i}', [i + 1], SamplingParams(max_tokens=1))
     while engine.has_unfinished_requests(): engine.step()
     after = {key for key in parsed(metrics) if key[0].startswith(PREFIX)}
-    assert after == before and b'secret' not in metrics.render()[0] and b'because' not in metrics.render()[0]
-    assert metrics.tally.counters['admission_rejections', 'other'] == 50
+    assert after == before and b'secret' not in render_prometheus(metrics)[0] and b'because' not in render_prometheus(metrics)[0]
+    assert metrics.store.counters['admission_rejections', 'other'] == 50
 
 
 def test_who_runs_and_who_waits():
-    engine = metered(make(seqs=2), metrics := Metrics())
+    engine = attach_metrics(make(seqs=2), metrics := Metrics())
     for i in range(5): engine.add_request(i, [1], SamplingParams(max_tokens=9, ignore_eos=True))
     engine.step()
     snap = metrics.snapshot()
@@ -351,7 +352,7 @@ def test_who_runs_and_who_waits():
 
 
 def test_nothing_of_a_request_is_kept():
-    engine = metered(make(), metrics := Metrics())
+    engine = attach_metrics(make(), metrics := Metrics())
     random_run(engine, [(3, 2, 2, False)] * 40, random.Random(0))
     import gc
     gc.collect()
@@ -360,7 +361,7 @@ def test_nothing_of_a_request_is_kept():
 
 def test_a_snapshot_is_json():
     import json
-    engine = metered(make(), metrics := Metrics())
+    engine = attach_metrics(make(), metrics := Metrics())
     for _ in range(2):
         snap = json.loads(json.dumps(metrics.snapshot(), allow_nan=False))
         assert snap['free_blocks'] == snap['num_blocks'] == 39 and snap['running'] == snap['waiting'] == 0
@@ -371,8 +372,8 @@ def test_a_snapshot_is_json():
 def test_without_the_extra(monkeypatch):
     "Counting goes on; the page says what to install."
     metrics = Metrics()
-    engine = metered(make(), metrics)
+    engine = attach_metrics(make(), metrics)
     monkeypatch.setitem(sys.modules, 'prometheus_client', None)
     random_run(engine, [(3, 2, 1, False)], random.Random(0))
     assert metrics.snapshot()['requests'] == 1
-    with pytest.raises(BadInput, match=r"pip install 'tinyvllm\[serve\]'"): metrics.render()
+    with pytest.raises(BadInput, match=r"pip install 'tinyvllm\[serve\]'"): render_prometheus(metrics)

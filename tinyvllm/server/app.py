@@ -33,7 +33,7 @@ from .admission import AdmissionQueue, Deadlines, QueueSlots
 from tinyvllm.server.errors import (APIError, ClientDisconnected, error_response, json_response,
     to_api_error)
 from .info import check_content_type, get_state, info_router
-from .metrics import Metrics, metered
+from .metrics import Metrics, attach_metrics
 from tinyvllm.server.middleware import (OPEN_PATHS, ApiKeys, AuthMiddleware, BodyLimitMiddleware,
     RequestIdMiddleware)
 from .openapi import (ChatCompletion, ChatCompletionChunk, Completion,
@@ -179,7 +179,7 @@ class AppState:
         "Take requests from now on. Raises `BadInput`."
         if not engine.tokenizer: raise BadInput('a server needs an engine with a tokenizer')
         self.metrics = Metrics(self.args.names[0])
-        self.engine = AsyncLLM(metered(engine, self.metrics))
+        self.engine = AsyncLLM(attach_metrics(engine, self.metrics))
         self.closed_reason = None
 
     def check_open(self) -> None:
@@ -189,7 +189,7 @@ class AppState:
     def count_rejection(self, status: int) -> None:
         "Count a reply whose status says that a request was refused."
         if self.metrics and status in REJECTIONS:
-            self.metrics.rejected(REJECTIONS[status])
+            self.metrics.record_rejection(REJECTIONS[status])
 
     @property
     def tokenizer(self):

@@ -18,6 +18,7 @@ from .. import __version__
 from .errors import APIError, json_response
 from .openapi import (Detokenized, Health, ModelCard, ModelList, Tokenized,
     TokenizerInfo, Version, describe_route)
+from .prometheus import render_prometheus
 from .protocol import check_model, read_request
 from .tokenize import DetokenizeRequest, TokenizeRequest
 
@@ -111,7 +112,7 @@ async def version(request: Request):
 @info_router.get('/metrics', include_in_schema=False)
 async def metrics(request: Request):
     "Counters and histograms for Prometheus."
-    body, kind = get_state(request).metrics.render()
+    body, kind = render_prometheus(get_state(request).metrics)
     return Response(body, media_type=kind)
 
 # %% ../../nbs/09fd_info.ipynb #9ed9b9ac

@@ -8,7 +8,7 @@ __all__ = ['DONE_EVENT', 'PING_EVENT', 'REPLIES', 'format_event', 'clamp_logprob
            'TextOffsets', 'get_echo', 'CompletionStream', 'ToolCallDeltas', 'ChatCompletionStream', 'to_message_choice',
            'count_usage', 'Reply', 'CompletionReply', 'GenerateReply', 'ChatCompletionReply']
 
-# %% ../../nbs/09f_replies.ipynb #66861b18
+# %% ../../nbs/09f_replies.ipynb #78951568
 import secrets
 import time
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from ..engine.outputs import CompletionOutput, Logprob, RequestOutput
 from ..models.tokenizer import Tokenizer
 from .errors import dump_json
 from tinyvllm.server.protocol import (ChatCompletionRequest, CompletionRequest, GenerateRequest,
-    SamplingRequest)
+    SamplingFields)
 from .tokenize import format_token
 from .tools import Event, make_parser
 
@@ -133,10 +133,10 @@ def get_echo(
         return text, [0] + offsets.next_offsets(ids[1:])
     return text, offsets.next_offsets(ids)
 
-# %% ../../nbs/09f_replies.ipynb #18c02288
+# %% ../../nbs/09f_replies.ipynb #334e0a29
 class CompletionStream:
     "One answer to a completion, in as many pieces as there are calls."
-    def __init__(self, body: SamplingRequest, tokenizer: Tokenizer, prompt: str | list[int] = ''):
+    def __init__(self, body: SamplingFields, tokenizer: Tokenizer, prompt: str | list[int] = ''):
         self.body, self.tokenizer, self.tracker = body, tokenizer, DeltaTracker()
         self.offsets, self.is_first = None, True
 
@@ -243,13 +243,13 @@ def count_usage(outs: Iterable[RequestOutput]) -> dict:
             'total_tokens': num_prompt + num_completion,
             'prompt_tokens_details': {'cached_tokens': cached}}
 
-# %% ../../nbs/09f_replies.ipynb #f389c029
+# %% ../../nbs/09f_replies.ipynb #01fc8c6b
 class Reply:
     "Turns the outputs of a request into JSON objects: chunks of a stream, or one whole reply."
     prefix, object, stream_class = '', '', CompletionStream
 
     def __init__(self,
-        body: SamplingRequest,
+        body: SamplingFields,
         id: str, # of the request
         model: str, # its name
         fingerprint: str | None, # of model and version

@@ -22,8 +22,8 @@ def format_token(piece: bytes) -> str: # piece: the bytes of one token
     except UnicodeDecodeError:
         return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in piece)
 
-# %% ../../nbs/09ea_tokenize.ipynb #c5896c26
-class TokenizeRequest(ConversationFields):
+# %% ../../nbs/09ea_tokenize.ipynb #35e21f10
+class TokenizeRequest(ConversationFields, OpenAIBaseModel):
     "`POST /tokenize`: the ids of a prompt, or of a conversation."
     model_config = ConfigDict(json_schema_extra={
         'oneOf': [{'required': ['prompt']}, {'required': ['messages']}]})
