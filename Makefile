@@ -9,6 +9,7 @@ VENV := .venv
 PROJECT := settings.ini setup.py pyproject.toml
 PROMPT ?= The three most important ideas in computing are
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test docs clean
 
@@ -32,8 +33,8 @@ $(VENV)/bin/pip:
 	@test -n "$(PYTHON)" || { echo 'tinyvllm needs Python 3.11 or newer (with venv): none found'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Editable installs: the environment runs the package as it is in this folder. Bytecode is made when
-# a module is first imported: most of the tests' dependencies never are.
+# Editable installs: the environment runs the package as it is in this folder. Bytecode is written when
+# a module is first imported: most of what the tests' clients bring never is.
 $(VENV)/installed: $(PROJECT) | $(VENV)/bin/pip
 	$(VENV)/bin/pip install -q -e .
 	@touch $@
