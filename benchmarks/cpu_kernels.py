@@ -24,9 +24,9 @@ from tinyvllm.engine.defaults import make_engine
 from tinyvllm.models.llama import load_model
 from tinyvllm.measure import machine_name, synchronize, timed
 from tinyvllm.kernels.metal import Kernel
-from tinyvllm.kv_cache.paged import PagedBatch, paged_attend, stored
+from tinyvllm.kv_cache.paged import PagedBatch, paged_attend, store_rows
 from tinyvllm.sampling.params import SamplingParams
-from tinyvllm.models.weights import resolve
+from tinyvllm.models.hub import resolve
 
 OUT = RESULTS / 'cpu_kernels.jsonl'
 TYPES = {'float32': dtypes.float, 'float16': dtypes.half}
@@ -115,7 +115,7 @@ def case_kv_write(dtype):
         many = [[random(16384, 8, 128, dtype=dtype) for _ in 'kv'] for _ in range(4)]
         yield f'{T} tokens, 8 heads of 128', 4 * new[0].nbytes(), 0, {
             'ours': jitted(lambda k, v: kv_write(k, v, *new, slots)[:1], many),
-            'tinygrad': jitted(lambda k, v: [stored(k, new[0], slots), stored(v, new[1], slots)], many)}
+            'tinygrad': jitted(lambda k, v: [store_rows(k, new[0], slots), store_rows(v, new[1], slots)], many)}
 
 
 def paged(counts, dtype, H, K, D, size=16):

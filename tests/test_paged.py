@@ -13,7 +13,7 @@ from tinyvllm.core.blocks import BlockManager
 from tinyvllm.errors import BadInput
 from tinyvllm.models.llama import Llama, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
-from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend, stored
+from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend, store_rows
 from tinyvllm.engine.args import EngineArgs, estimate_activation_bytes, read_free_memory, size_pool
 from tinyvllm.runner.eager import EagerRunner
 from tinyvllm.sampling.params import SamplingParams
@@ -34,13 +34,13 @@ def tensor(x):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_stored_is_a_scatter_and_touches_what_it_writes(seed):
+def test_store_rows_is_a_scatter_and_touches_what_it_writes(seed):
     rng = np.random.default_rng(seed)
     start, new = rng.standard_normal((200, 2, 4), np.float32), rng.standard_normal((8, 2, 4), np.float32)
     slots, pool = rng.permutation(200)[:8].astype(np.int32), tensor(start)
     arguments = tensor(new), tensor(slots)
     with counting() as c:
-        after = stored(pool, *arguments).realize()
+        after = store_rows(pool, *arguments).realize()
     start[slots] = new
     assert np.array_equal(after.numpy(), start) and np.array_equal(pool.numpy(), start)
     assert c.kernels == 1 and c.nbytes <= 2 * new.nbytes + slots.nbytes
