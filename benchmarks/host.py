@@ -4,10 +4,10 @@
     python benchmarks/host.py --old FOLDER      # in turns with another checkout: rows 'before' and 'after'
     python benchmarks/host.py --trials          # objects that are used again, and no garbage collection
 
-A model of one layer and 32 channels, greedy sequences that speak, 100 tokens each. `host_us` is the time of a
+A model of one layer and 32 channels, greedy sequences that decode, 100 tokens each. `host_us` is the time of a
 step that Python did not wait for the device (on a processor the call of a graph counts as waiting). Each round
 is a fresh process; a row is the median of its rounds, and `lowest_us` the fastest one. `parts` come from rounds
-of their own, with a clock around each call.
+of their own, with a clock around each call. Of two checkouts, each runs its own copy of this script.
 """
 import argparse
 import ctypes
@@ -27,10 +27,13 @@ from pathlib import Path
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from common import RESULTS, write_row
 from tinyvllm.cli import measurements as bench
-from tinyvllm.engine import llm as engine
+from tinyvllm.core.scheduler import Scheduler
 from tinyvllm.engine.defaults import make_engine
-from tinyvllm.runner import jit as runner
-from tinyvllm.core import scheduler
+from tinyvllm.engine.llm import LLMEngine
+from tinyvllm.runner import jit
+from tinyvllm.runner.graphs import CPUGraph
+from tinyvllm.runner.inputs import StagingBuffer
+from tinyvllm.runner.sampled_tokens import SampledTokenBuffer
 from tinyvllm.core.sequence import Batch, Sequence
 from tinyvllm.models.fused import fused
 from tinyvllm.models.llama import Llama, model_config
@@ -52,9 +55,8 @@ class Clock:
         self.seconds, self.inside, self.put_back = Counter(), [], []
 
     def wrap(self, owner, name: str, part: str) -> None:
-        "Count the calls of a function or method; one that this version lacks is no error."
-        if not (call := getattr(owner, name, None)):
-            return
+        "Count the seconds of a method for a part."
+        call = getattr(owner, name)
 
         @wraps(call)
         def clocked(*args, **more):
@@ -73,20 +75,17 @@ class Clock:
 
 @contextmanager
 def clocked():
-    "The parts of a step, in this version and in the one before it."
+    "The parts of a step."
     clock = Clock()
-    clock.wrap(scheduler.Scheduler, 'schedule', 'schedule')
-    for name in 'fill_places', 'fill_tokens', 'fill_wishes':
-        clock.wrap(runner, name, 'fill')
-    if hasattr(tinyvllm, 'host') and hasattr(tinyvllm.runner.inputs, 'Page'):
-        clock.wrap(tinyvllm.runner.inputs.Page, 'fill', 'fill')
-    clock.wrap(runner.JitRunner, '__call__', 'launch')
-    clock.wrap(runner.CPUGraph, '__call__', 'device')
-    clock.wrap(runner.Mail, 'read', 'read')
-    clock.wrap(runner.Pending, 'read', 'read')
-    clock.wrap(runner.Pending, '__iter__', 'read')
-    clock.wrap(scheduler.Scheduler, 'update_from_output', 'settle')
-    clock.wrap(engine.OutputProcessor, 'report', 'report')
+    clock.wrap(Scheduler, 'schedule', 'schedule')
+    clock.wrap(StagingBuffer, 'fill', 'fill')
+    clock.wrap(jit.JitRunner, '__call__', 'launch')
+    clock.wrap(CPUGraph, '__call__', 'device')
+    clock.wrap(SampledTokenBuffer, 'read', 'read')
+    clock.wrap(jit.AsyncModelRunnerOutput, 'read_step', 'read')
+    clock.wrap(jit.AsyncModelRunnerOutput, '__iter__', 'read')
+    clock.wrap(Scheduler, 'update_from_output', 'update')
+    clock.wrap(LLMEngine, 'process_outputs', 'report')
     try:
         yield clock
     finally:
@@ -143,7 +142,8 @@ def one_round(sizes) -> list[dict]:
 
 def in_a_process(folder: Path, args) -> list[dict]:
     "A round of the package in a folder."
-    command = [sys.executable, __file__, '--round', '--seqs', *map(str, args.seqs), '--steps', *map(str, args.steps)]
+    script = folder / 'benchmarks' / 'host.py'
+    command = [sys.executable, script, '--round', '--seqs', *map(str, args.seqs), '--steps', *map(str, args.steps)]
     env = os.environ | {'PYTHONPATH': str(folder)}
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return json.loads(run.stdout.splitlines()[-1])
@@ -210,10 +210,10 @@ class Reused:
         return it
 
 
-def renew_pending(pending, mail, batch, tickets, rows, errors, decision) -> None:
-    pending.__dict__.pop('tokens', None)
-    pending.mail, pending.batch, pending.tickets, pending.rows = mail, batch, tickets, rows
-    pending.errors, pending.decision = errors, decision
+def renew_output(output, buffer, batch, step_ids, rows, errors, decision) -> None:
+    output.__dict__.pop('tokens', None)
+    output.buffer, output.batch, output.step_ids, output.rows = buffer, batch, step_ids, rows
+    output.errors, output.decision = errors, decision
 
 
 def blank(cls, n):
@@ -221,12 +221,12 @@ def blank(cls, n):
     return [cls.__new__(cls) for _ in range(n)]
 
 
-def pending_pool():
-    return Reused(renew_pending, *blank(runner.Pending, 4))
+def output_pool():
+    return Reused(renew_output, *blank(jit.AsyncModelRunnerOutput, 4))
 
 
 WAYS = {'as it is': nullcontext, 'the same again': nullcontext, 'no collection': no_collection, 'frozen heap': frozen,
-        'pendings used again': lambda: replaced(runner, 'Pending', pending_pool())}
+        'outputs used again': lambda: replaced(jit, 'AsyncModelRunnerOutput', output_pool())}
 
 
 def trials(args) -> list[dict]:
@@ -247,15 +247,15 @@ def trials(args) -> list[dict]:
 
 
 def makings(n: int = 32) -> list[dict]:
-    "Microseconds to make what a step of `n` sequences makes, to renew it, and of what nobody can leave out."
+    "Microseconds to make what a step of `n` sequences makes, to renew it, and of what no step can leave out."
     entries = [(Sequence(i, [1], SamplingParams(temperature=0)), 1, [1]) for i in range(n)]
     batch = Batch.of(entries, 16)
     ids, logprobs, none = list(range(n)), [0.0] * n, [None] * n
-    old_pending, answers, call_c = pending_pool(), [[] for _ in ids], ctypes.CDLL(None).labs
+    old_output, answers, call_c = output_pool(), [[] for _ in ids], ctypes.CDLL(None).labs
     calls = {
         'a batch, made': lambda: Batch.of(entries, 16),
-        'a pending, made': lambda: runner.Pending(None, batch, [], n),
-        'a pending, renewed': lambda: old_pending(None, batch, [], n, {}, batch),
+        'an output, made': lambda: jit.AsyncModelRunnerOutput(None, batch, [], n),
+        'an output, renewed': lambda: old_output(None, batch, [], n, {}, batch),
         f'{n} tokens, made': lambda: list(map(Sampled, ids, logprobs, none)),
         f'{n} ids, appended': lambda: [answer.append(7) for answer in answers],
         'a call into C': lambda: call_c(ctypes.c_uint64(7))}
@@ -279,7 +279,7 @@ def sizes(args) -> list[tuple[int, int]]:
 
 def main():
     args = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    args.add_argument('--seqs', type=int, nargs='*', default=SEQS, help='sequences that speak')
+    args.add_argument('--seqs', type=int, nargs='*', default=SEQS, help='sequences that decode')
     args.add_argument('--steps', type=int, nargs='*', default=STEPS, help='num_scheduler_steps')
     args.add_argument('--rounds', type=int, default=3, help='processes of each version')
     args.add_argument('--old', type=Path, help='another checkout, the one before')

@@ -3,9 +3,9 @@
     python benchmarks/runner.py            # prints rows and adds them to benchmarks/results/runner.jsonl
     python benchmarks/runner.py --start    # also two starts in fresh processes, with an empty kernel cache
 
-SmolLM2-135M as it is stored, fused kernels, sequences that speak, contexts of 64 to 128 tokens. The three
+SmolLM2-135M as it is stored, fused kernels, sequences that decode, contexts of 64 to 128 tokens. The three
 ways take turns, so that a busy machine is busy for all of them; a row is the fastest step and the median.
-`host_us` is what Python spends on a step around the device: deciding, filling inputs, hearing tokens.
+`host_us` is what Python spends on a step around the device: deciding, filling inputs, reading tokens.
 """
 import argparse
 import os
@@ -94,7 +94,7 @@ def starts():
 def main():
     args = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     args.add_argument('--start', action='store_true', help='time two starts as well')
-    args.add_argument('--rows', type=int, nargs='*', default=[1, 8], help='sequences that speak')
+    args.add_argument('--rows', type=int, nargs='*', default=[1, 8], help='sequences that decode')
     args = args.parse_args()
     rows = []
     if args.rows:
