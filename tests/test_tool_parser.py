@@ -7,8 +7,9 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from tinyvllm.errors import BadInput
-from tinyvllm.server.tools import (HERMES, LLAMA, Braces, Event, check_tools, make_parser, read_call,
-                                  tool_format, tool_grammar, tools_in_messages)
+from tinyvllm.server.tools import check_tools, tool_grammar, insert_tools
+from tinyvllm.server.tool_parser import (HERMES, LLAMA, ObjectScanner, Event, make_parser, read_call,
+    detect_format)
 from tinyvllm.models.chat_template import render_chat
 
 HERMES_TEMPLATE, LLAMA_TEMPLATE, THINKER = '<tool_call>', '<|python_tag|>', '</think>'
@@ -206,13 +207,13 @@ def test_nothing_is_looked_at_again_and_again(template, start, piece):
 
 def test_braces():
     for text in ('{}', '{"a": "}"}', '{"\\"}": [{}]}', '{"\\\\": 1}'):
-        assert Braces().add(text + '}') == len(text) == object_end(text)
+        assert ObjectScanner().add(text + '}') == len(text) == object_end(text)
 
 
 def test_formats():
-    assert tool_format(None) is tool_format('{{ tools }}') is HERMES
-    assert tool_format('<tool_call> {"name": x, "parameters": y}') is HERMES
-    assert tool_format('respond with {"name": function name, "parameters": dict}') is LLAMA
+    assert detect_format(None) is detect_format('{{ tools }}') is HERMES
+    assert detect_format('<tool_call> {"name": x, "parameters": y}') is HERMES
+    assert detect_format('respond with {"name": function name, "parameters": dict}') is LLAMA
 
 
 def deep(n):
@@ -252,31 +253,31 @@ CHATML = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] + '' }}{% endf
 
 def test_a_template_without_tools():
     before = json.dumps(TALK)
-    messages, names = tools_in_messages(TALK, TOOLS, CHATML)
+    messages, names = insert_tools(TALK, TOOLS, CHATML)
     text = render_chat(CHATML, messages, **names)
     assert names == {} and text.startswith('<system>Be brief.\n\nYou can call') and '"city"' in text
     assert '<tool_call>\n{"name": "time", "arguments": {"x": "é"}}\n</tool_call>' in text
     assert '<user><tool_response>\n12:00\n</tool_response>' in text and 'None' not in text
     assert auto(HERMES_TEMPLATE, messages[2]['content'])[2] == [('time', '{"x": "é"}')]
-    assert tools_in_messages(TALK[1:], TOOLS, CHATML)[0][0]['role'] == 'system'
-    assert tools_in_messages(TALK[1:], [], CHATML)[0][0]['role'] == 'user'
+    assert insert_tools(TALK[1:], TOOLS, CHATML)[0][0]['role'] == 'system'
+    assert insert_tools(TALK[1:], [], CHATML)[0][0]['role'] == 'user'
     assert json.dumps(TALK) == before    # the request is left as it is
 
 
 def test_a_template_with_tools():
     template = "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for m in messages %}{% for c " \
                "in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
-    messages, names = tools_in_messages(TALK, TOOLS, template)
+    messages, names = insert_tools(TALK, TOOLS, template)
     assert names == {'tools': TOOLS} and messages[0] == TALK[0]
     assert render_chat(template, messages, **names).endswith('{"x": "é"}')
-    assert tools_in_messages(TALK, [], template)[1] == {}
+    assert insert_tools(TALK, [], template)[1] == {}
 
 
 @pytest.mark.parametrize('arguments', ['[]', 'x', '{"a": NaN}', '3', '[' * 10**5])
 def test_bad_calls_in_the_conversation(arguments):
     call = {'function': {'name': 'time', 'arguments': arguments}}
     with pytest.raises(BadInput, match=r'messages\[0\]\.tool_calls\[0\]\.function\.arguments'):
-        tools_in_messages([{'role': 'assistant', 'tool_calls': [call]}], [], None)
+        insert_tools([{'role': 'assistant', 'tool_calls': [call]}], [], None)
 
 
 # ---- forced by grammar ----

@@ -22,7 +22,7 @@ from .parameters import (CLOSED, DEFAULT_LIMITS, UNSUPPORTED_EXTRAS, Ignored,
     Unused, UpperBound, float_between, int_between, is_neutral, list_of)
 from .parts import (AllowedToolChoice, Message, NamedTool, OpenAIBaseModel,
     ResponseFormat, StreamOptions, StructuredOutputsFormat, Tool, ToolChoice)
-from .tools import check_tools, tool_grammar, tools_in_messages
+from .tools import check_tools, tool_grammar, insert_tools
 
 # %% ../../nbs/09e_protocol.ipynb #5d77bfac
 SAMPLING_NAMES = (    # the same in a request and in SamplingParams
@@ -205,7 +205,7 @@ class ConversationFields(BaseModel):
         start = not is_open if self.add_generation_prompt is None else self.add_generation_prompt
         tools, template = self.get_tools()[0], tokenizer.chat_template
         try:
-            messages, more = tools_in_messages(messages, tools, template)
+            messages, more = insert_tools(messages, tools, template)
             text = tokenizer.apply_chat_template(messages, start, **names, **more)
         except BadInput as error:
             raise to_api_error(error) from None

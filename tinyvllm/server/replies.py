@@ -19,7 +19,7 @@ from .errors import dump_json
 from tinyvllm.server.protocol import (ChatCompletionRequest, CompletionRequest, GenerateRequest,
     SamplingFields)
 from .tokenize import format_token
-from .tools import Event, make_parser
+from .tool_parser import Event, make_parser
 
 # %% ../../nbs/09f_replies.ipynb #ef67aad7
 DONE_EVENT, PING_EVENT = b'data: [DONE]\n\n', b': ping\n\n'
