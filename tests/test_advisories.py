@@ -258,7 +258,7 @@ def test_bad_grammars_are_refused(llguidance, server, constraint):
 
 
 @pytest.mark.parametrize('regex', HOSTILE)
-def test_hostile_patterns_stall_nobody(llguidance, server, engine, regex):
+def test_hostile_patterns_delay_no_other_request(llguidance, server, engine, regex):
     body = dict(prompt='a', max_tokens=3, structured_outputs=dict(regex=regex))
     with ThreadPoolExecutor(1) as pool:
         start = time.process_time()

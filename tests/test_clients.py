@@ -90,16 +90,16 @@ def test_a_stream_joined_is_the_plain_reply(client, more):
         parts = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == choice.index]
         assert ''.join(p.delta.content or '' for p in parts) == choice.message.content
         assert parts[-1].finish_reason == choice.finish_reason and parts[-1].delta.content is None
-        told = [t.token for p in parts if p.logprobs for t in p.logprobs.content]
-        assert told == [t.token for t in choice.logprobs.content]
+        reported = [t.token for p in parts if p.logprobs for t in p.logprobs.content]
+        assert reported == [t.token for t in choice.logprobs.content]
 
 
 def test_an_emoji_over_several_chunks(client):
     ask = [{'role': 'user', 'content': 'Repeat: 🐻🌍'}]
     chunks = list(chat(client, messages=ask, max_tokens=16, stream=True))
-    said = ''.join(c.choices[0].delta.content or '' for c in chunks)
-    assert '🐻' in said and len(said) < len(chunks)    # four tokens make a bear
-    assert said == chat(client, messages=ask, max_tokens=16).choices[0].message.content
+    received = ''.join(c.choices[0].delta.content or '' for c in chunks)
+    assert '🐻' in received and len(received) < len(chunks)    # four tokens make a bear
+    assert received == chat(client, messages=ask, max_tokens=16).choices[0].message.content
 
 
 def test_completions_are_typed(client):
@@ -118,9 +118,9 @@ def test_completions_are_typed(client):
 
 def test_echo_scores_a_text(client):
     def score(text):
-        told = client.completions.create(model=MODEL, prompt=text, max_tokens=0, echo=True, logprobs=0)
-        assert told.choices[0].text == text and told.usage.completion_tokens == 0
-        return told.choices[0].logprobs.token_logprobs
+        reported = client.completions.create(model=MODEL, prompt=text, max_tokens=0, echo=True, logprobs=0)
+        assert reported.choices[0].text == text and reported.usage.completion_tokens == 0
+        return reported.choices[0].logprobs.token_logprobs
     likely, unlikely = score('The sky is blue'), score('The sky is spoon')
     assert likely[0] is None and likely[1:3] == pytest.approx(unlikely[1:3], abs=1e-3) and likely[3] > unlikely[3] + 3
 
@@ -132,14 +132,14 @@ def test_echo_scores_as_the_forward_pass_does(folder):
     with serve_in_background(LLM(folder, num_blocks=64).engine) as server:
         client = openai.OpenAI(base_url=server.url + '/v1', api_key='none', max_retries=0)
         ask = dict(model='', prompt=text, max_tokens=2, echo=True, logprobs=3, seed=1)
-        told = client.completions.create(**ask).choices[0].logprobs
+        reported = client.completions.create(**ask).choices[0].logprobs
         parts = [c.choices[0].logprobs.token_logprobs for c in client.completions.create(stream=True, **ask)]
         by_ids = client.completions.create(model='', prompt=ids, max_tokens=1, echo=True, logprobs=0).choices[0]
     n = len(ids)
-    assert sum(parts, [])[1:] == pytest.approx(told.token_logprobs[1:], abs=1e-3)
-    assert told.token_logprobs[1:n] == pytest.approx([row[i] for row, i in zip(rows, ids[1:])], abs=1e-3)
-    assert [max(top.values()) for top in told.top_logprobs[1:n]] == pytest.approx([r.max() for r in rows], abs=1e-3)
-    assert by_ids.text.startswith(text) and by_ids.logprobs.token_logprobs[1:n] == told.token_logprobs[1:n]
+    assert sum(parts, [])[1:] == pytest.approx(reported.token_logprobs[1:], abs=1e-3)
+    assert reported.token_logprobs[1:n] == pytest.approx([row[i] for row, i in zip(rows, ids[1:])], abs=1e-3)
+    assert [max(top.values()) for top in reported.top_logprobs[1:n]] == pytest.approx([r.max() for r in rows], abs=1e-3)
+    assert by_ids.text.startswith(text) and by_ids.logprobs.token_logprobs[1:n] == reported.token_logprobs[1:n]
 
 
 @pytest.mark.parametrize('more, error, param, code', [
@@ -207,11 +207,11 @@ def test_parse_a_strict_tool(client):
 
 
 def test_json_mode_and_choice(client):
-    said = chat(client, messages=[{'role': 'user', 'content': 'A small JSON object, please.'}], max_tokens=100,
+    received = chat(client, messages=[{'role': 'user', 'content': 'A small JSON object, please.'}], max_tokens=100,
                 response_format={'type': 'json_object'}, logit_bias={}).choices[0]
-    assert said.finish_reason == 'length' or isinstance(json.loads(said.message.content), dict)
-    said = chat(client, extra_body={'structured_outputs': {'choice': ['red', 'blue']}}).choices[0]
-    assert said.message.content in ('red', 'blue') and said.finish_reason == 'stop'
+    assert received.finish_reason == 'length' or isinstance(json.loads(received.message.content), dict)
+    received = chat(client, extra_body={'structured_outputs': {'choice': ['red', 'blue']}}).choices[0]
+    assert received.message.content in ('red', 'blue') and received.finish_reason == 'stop'
 
 
 def test_many_at_once(url):

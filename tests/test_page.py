@@ -144,7 +144,7 @@ def script(server): return server.script
 
 @pytest.fixture
 def visit(browser, server):
-    "Open the page; at the end nothing has complained, and nobody else was asked for anything."
+    "Open the page; at the end nothing has complained, and no other host was asked for anything."
     contexts, complaints, hosts = [], [], set()
 
     def visit(url=server.url, **options):
@@ -191,7 +191,7 @@ def test_types_and_streams(visit, script):
     first = answer(page)
     assert first.locator('.text').inner_text() == 'Hello there.'
     assert first.locator('.note').inner_text().startswith('3 tokens')
-    assert page.locator('#spoken').inner_text() == 'Hello there.'
+    assert page.locator('#live').inner_text() == 'Hello there.'
     ask(page, 'And now?')
     answer(page)
     assert [m['content'] for m in script.bodies[1]['messages']] == [
@@ -216,7 +216,7 @@ def test_stops(visit, script, how):
     until(page, 'document.querySelector(".busy .text")?.textContent.length > 10')
     page.locator('#stop').click() if how == 'button' else page.keyboard.press('Escape')
     assert 'stopped' in answer(page).locator('.note').inner_text()
-    assert script.closed.wait(5), 'the server was not told'
+    assert script.closed.wait(5), 'the server was not notified'
     script.pieces, script.pause = ['Again.'], 0
     ask(page, 'More')
     assert answer(page).locator('.text').inner_text() == 'Again.'
@@ -268,13 +268,13 @@ def test_thoughts_are_apart(visit, script):
     assert page.locator('.thought .text').text_content() == 'Hm.'
 
 
-@pytest.mark.parametrize('status, said', [(400, 'top_p is 7'), (429, 'too many requests wait'),
+@pytest.mark.parametrize('status, message', [(400, 'top_p is 7'), (429, 'too many requests wait'),
                                           (500, 'internal error')])
-def test_errors_are_shown(visit, script, status, said):
-    script.error = status, said
+def test_errors_are_shown(visit, script, status, message):
+    script.error = status, message
     page = visit()
     ask(page)
-    assert said in page.locator('[role=alert]').text_content()
+    assert message in page.locator('[role=alert]').text_content()
     script.error = None
     page.get_by_role('button', name='Try again').click()
     assert answer(page).locator('.text').inner_text() == 'Hello there.'

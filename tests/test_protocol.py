@@ -86,9 +86,9 @@ def test_what_asks_for_nothing_is_taken(body):
     assert [n for n in list_unknown_names(taken) if n == 'colour'] == [n for n in body if n == 'colour']
 
 
-@pytest.mark.parametrize('wish', [{'regex': ''}, {'grammar': ''}, {'json': ''}])
-def test_an_empty_constraint(wish):
-    with pytest.raises(APIError): ask(prompt='x', structured_outputs=wish).to_sampling_params(9, tokenizer())
+@pytest.mark.parametrize('constraint', [{'regex': ''}, {'grammar': ''}, {'json': ''}])
+def test_an_empty_constraint(constraint):
+    with pytest.raises(APIError): ask(prompt='x', structured_outputs=constraint).to_sampling_params(9, tokenizer())
 
 
 def test_max_tokens():
@@ -105,7 +105,7 @@ def test_logprobs_in_both_forms():
     assert ask(prompt='x', logprobs=2, echo=True).to_sampling_params(9, tokenizer()).prompt_logprobs == 2
 
 
-@pytest.mark.parametrize('wish, made', [
+@pytest.mark.parametrize('constraint, made', [
     ({'response_format': {'type': 'text'}}, None),
     ({'response_format': {'type': 'json_object'}}, ('json_object', True)),
     ({'response_format': {'type': 'json_schema', 'json_schema': {'name': 'n', 'strict': True, 'schema': {'type': 'null'}}}},
@@ -117,8 +117,8 @@ def test_logprobs_in_both_forms():
     ({'structured_outputs': {'grammar': 'start: "a"'}}, ('grammar', 'start: "a"')),
     ({'structured_outputs': {'json_object': True}}, ('json_object', True)),
 ])
-def test_constraints(wish, made):
-    for body in ask(prompt='x', **wish), chat(**wish):
+def test_constraints(constraint, made):
+    for body in ask(prompt='x', **constraint), chat(**constraint):
         asked = body.to_sampling_params(9, tokenizer()).structured_outputs
         assert asked is None if made is None else getattr(asked, made[0]) == made[1]
 
@@ -213,10 +213,10 @@ def test_a_long_fault_is_cut():
 
 
 def test_faults_of_the_server_stay_there():
-    told = to_api_error(RuntimeError('/home/me/key.pem at 0x7f00deadbeef'))
-    assert told.status == 500 and 'home' not in told.message and told.type == 'server_error'
-    told = to_api_error(BadInput('no file /home/me/model.gguf at 0x7f00deadbeef', param='x', code='y'))
-    assert '/home' not in told.message and 'deadbeef' not in told.message and (told.param, told.code) == ('x', 'y')
+    reported = to_api_error(RuntimeError('/home/me/key.pem at 0x7f00deadbeef'))
+    assert reported.status == 500 and 'home' not in reported.message and reported.type == 'server_error'
+    reported = to_api_error(BadInput('no file /home/me/model.gguf at 0x7f00deadbeef', param='x', code='y'))
+    assert '/home' not in reported.message and 'deadbeef' not in reported.message and (reported.param, reported.code) == ('x', 'y')
     assert APIError.too_many_requests(7).headers == {'Retry-After': '7'} and APIError.too_many_requests(7).status == 429
 
 
@@ -267,7 +267,7 @@ def test_extra_names_reach_the_template():
     assert body.get_prompts(tokenizer('{{ enable_thinking }}')) == ['False']
 
 
-def test_tools_are_told_and_forced():
+def test_tools_are_in_the_prompt_and_forced():
     body = chat(tools=[TOOL], tool_choice='required')
     assert '"now"' in body.get_prompts(tokenizer())[0]
     params = body.to_sampling_params(99, tokenizer())
@@ -304,13 +304,13 @@ def test_tokenize_and_detokenize():
 
 # ---- replies
 
-def saying(text, n, end=None, prompt='Hi', answers=1, logprobs=True):
-    "What the engine tells after n tokens, of which a token is a byte."
+def make_output(text, n, end=None, prompt='Hi', answers=1, logprobs=True):
+    "What the engine reports after n tokens, of which a token is a byte."
     ids = [*text.encode()][:n]
-    told = [{i: Logprob(-0.25 * (i % 7), ''), 32: Logprob(-9.0, '')} for i in ids] if logprobs else None
+    reported = [{i: Logprob(-0.25 * (i % 7), ''), 32: Logprob(-9.0, '')} for i in ids] if logprobs else None
     shown = bytes(ids).decode(errors='replace' if end else 'ignore')
     out = RequestOutput('r', prompt, [*prompt.encode()], [
-        CompletionOutput(k, shown, list(ids), 0, told, end) for k in range(answers)], finished=bool(end))
+        CompletionOutput(k, shown, list(ids), 0, reported, end) for k in range(answers)], finished=bool(end))
     out.prompt_logprobs = [None] + [{i: Logprob(-1.0, '')} for i in out.prompt_token_ids[1:]]
     return out
 
@@ -323,46 +323,46 @@ def replying(body, template=PLAIN):
 def streamed(body, text, looks, end='stop', template=PLAIN):
     reply, size = replying(body, template), len(text.encode())
     n = body.n or 1
-    chunks = [c for look in looks for c in reply.add(0, saying(text, look, answers=n))]
-    return chunks + reply.add(0, saying(text, size, end, answers=n)) + reply.finish()
+    chunks = [c for look in looks for c in reply.add(0, make_output(text, look, answers=n))]
+    return chunks + reply.add(0, make_output(text, size, end, answers=n)) + reply.finish()
 
 
 def joined(chunks, key):
     "The parts of each answer of a stream, put together as a client does."
     out = {}
     for choice in (c for chunk in chunks for c in chunk['choices']):
-        one = out.setdefault(choice['index'], {'text': '', 'reasoning': '', 'calls': {}, 'told': [], 'end': None})
+        one = out.setdefault(choice['index'], {'text': '', 'reasoning': '', 'calls': {}, 'reported': [], 'end': None})
         part = choice['delta'] if key == 'delta' else choice
         one['text'] += part.get('content') or part.get('text') or ''
         one['reasoning'] += part.get('reasoning_content') or ''
         for call in part.get('tool_calls', ()):
             name, arguments = one['calls'].get(call['index'], ('', ''))
             one['calls'][call['index']] = (name + call['function'].get('name', ''), arguments + call['function']['arguments'])
-        told = choice['logprobs'] or {}
-        one['told'] += told.get('content') or [*zip(*told.values())] if told else []
+        reported = choice['logprobs'] or {}
+        one['reported'] += reported.get('content') or [*zip(*reported.values())] if reported else []
         assert one['end'] is None    # nothing comes behind the end
         one['end'] = choice['finish_reason']
     return out
 
 
-SAID = ['', 'a', 'Wait 🐻 é\n', 'x <tool_call>\n{"name": "now", "arguments": {"zone": "🌍"}}\n</tool_call>', '<tool_call>{',
+ANSWERS = ['', 'a', 'Wait 🐻 é\n', 'x <tool_call>\n{"name": "now", "arguments": {"zone": "🌍"}}\n</tool_call>', '<tool_call>{',
         '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "now", "arguments": {}}\n'
         '</tool_call>', '<think>\nso 🐻\n</think>\n\nyes', '<think>never ends', '</tool_call> <think>']
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(SAID) | st.text(max_size=20), st.sets(st.integers(0, 120)), st.sampled_from([PLAIN, THINKS]),
+@given(st.sampled_from(ANSWERS) | st.text(max_size=20), st.sets(st.integers(0, 120)), st.sampled_from([PLAIN, THINKS]),
        st.booleans(), st.integers(1, 2))
 def test_a_chat_stream_joined_is_the_plain_reply(text, looks, template, tools, n):
     body = chat(logprobs=True, top_logprobs=1, n=n, **({'tools': [TOOL]} if tools else {}))
     looks = sorted(k for k in looks if k <= len(text.encode()))
     parts = joined(streamed(body, text, looks, template=template), 'delta')
-    plain = replying(body, template).to_response([saying(text, 999, 'stop', answers=n)])
+    plain = replying(body, template).to_response([make_output(text, 999, 'stop', answers=n)])
     for choice in plain['choices']:
         one, message = parts[choice['index']], choice['message']
         assert one['text'] == (message['content'] or '') and one['end'] == choice['finish_reason']
         assert one['reasoning'] == message.get('reasoning_content', '')
-        assert one['told'] == choice['logprobs']['content'] and len(one['told']) == len(text.encode())
+        assert one['reported'] == choice['logprobs']['content'] and len(one['reported']) == len(text.encode())
         calls = [c['function'] for c in message.get('tool_calls', ())]
         assert [*one['calls'].values()] == [(c['name'], c['arguments']) for c in calls]
         assert bool(calls) == (one['end'] == 'tool_calls')
@@ -375,38 +375,38 @@ def test_a_completion_stream_joined_is_the_plain_reply(text, looks, echo, n):
     body = ask(prompt='Hi', logprobs=1, echo=echo, n=n)
     looks = sorted(k for k in looks if k <= len(text.encode()))
     parts = joined(streamed(body, text, looks, 'length'), 'text')
-    for choice in replying(body).to_response([saying(text, 999, 'length', answers=n)])['choices']:
-        one, told = parts[choice['index']], choice['logprobs']
+    for choice in replying(body).to_response([make_output(text, 999, 'length', answers=n)])['choices']:
+        one, reported = parts[choice['index']], choice['logprobs']
         assert one['text'] == choice['text'] == 'Hi' * echo + text and one['end'] == choice['finish_reason'] == 'length'
-        assert one['told'] == [*zip(*told.values())]
-        for token, at in zip(told['tokens'], told['text_offset']):
+        assert one['reported'] == [*zip(*reported.values())]
+        for token, at in zip(reported['tokens'], reported['text_offset']):
             assert token.startswith('bytes:') or choice['text'][at:at + len(token)] == token
 
 
 def test_logprobs_have_openais_shapes():
-    told = replying(chat(logprobs=True, top_logprobs=1)).to_response([saying('é', 2, 'stop')])['choices'][0]['logprobs']
-    assert told['content'][0] == {'token': 'bytes:\\xc3', 'logprob': -1.5, 'bytes': [195], 'top_logprobs': [
+    reported = replying(chat(logprobs=True, top_logprobs=1)).to_response([make_output('é', 2, 'stop')])['choices'][0]['logprobs']
+    assert reported['content'][0] == {'token': 'bytes:\\xc3', 'logprob': -1.5, 'bytes': [195], 'top_logprobs': [
         {'token': 'bytes:\\xc3', 'logprob': -1.5, 'bytes': [195]}]}
-    out = saying('b', 1, 'stop')
+    out = make_output('b', 1, 'stop')
     out.outputs[0].logprobs = [{98: Logprob(float('-inf'), '')}]
-    told = replying(ask(prompt='Hi', logprobs=1, echo=True)).to_response([out])['choices'][0]['logprobs']
-    assert told == {'tokens': ['H', 'i', 'b'], 'token_logprobs': [None, -1.0, -9999.0],
+    reported = replying(ask(prompt='Hi', logprobs=1, echo=True)).to_response([out])['choices'][0]['logprobs']
+    assert reported == {'tokens': ['H', 'i', 'b'], 'token_logprobs': [None, -1.0, -9999.0],
                     'top_logprobs': [None, {'i': -1.0}, {'b': -9999.0}], 'text_offset': [0, 1, 2]}
 
 
 def test_echo_of_ids_and_of_a_bos():
-    out = saying('b', 1, 'stop')
+    out = make_output('b', 1, 'stop')
     out.prompt_token_ids, out.prompt_logprobs = [257, 72, 105], [None, {72: Logprob(-1, '')}, {105: Logprob(-1, '')}]
-    told = replying(ask(prompt='Hi', logprobs=0, echo=True)).to_response([out])['choices'][0]
-    assert told['text'] == 'Hib' and told['logprobs']['text_offset'] == [0, 0, 1, 2]
+    reported = replying(ask(prompt='Hi', logprobs=0, echo=True)).to_response([out])['choices'][0]
+    assert reported['text'] == 'Hib' and reported['logprobs']['text_offset'] == [0, 0, 1, 2]
     out.prompt = None
-    told = replying(ask(prompt=[257, 72, 105], logprobs=0, echo=True)).to_response([out])['choices'][0]
-    assert told['text'] == '<bos>Hib' and told['logprobs']['text_offset'] == [0, 5, 6, 7]
+    reported = replying(ask(prompt=[257, 72, 105], logprobs=0, echo=True)).to_response([out])['choices'][0]
+    assert reported['text'] == '<bos>Hib' and reported['logprobs']['text_offset'] == [0, 5, 6, 7]
 
 
 def test_usage_counts_a_prompt_once():
     reply = replying(ask(prompt=['Hi', 'Hey'], n=2))
-    outs = [saying('abc', 3, 'stop', answers=2), saying('abc', 3, 'stop', 'Hey', answers=2)]
+    outs = [make_output('abc', 3, 'stop', answers=2), make_output('abc', 3, 'stop', 'Hey', answers=2)]
     plain = reply.to_response(outs)
     assert plain['usage'] == {'prompt_tokens': 5, 'completion_tokens': 12, 'total_tokens': 17,
                               'prompt_tokens_details': {'cached_tokens': 0}}
@@ -424,48 +424,48 @@ def test_usage_in_a_stream():
 
 def test_a_function_by_name_stops_and_is_called_once():
     named = {'type': 'function', 'function': {'name': 'now'}}
-    twice = SAID[5]
+    twice = ANSWERS[5]
     for choice, end, calls in (named, 'stop', 1), ('required', 'tool_calls', 2), ('auto', 'tool_calls', 2):
-        (said,) = replying(chat(tools=[TOOL], tool_choice=choice)).to_response([saying(twice, 999, 'stop')])['choices']
-        assert said['finish_reason'] == end and len(said['message']['tool_calls']) == calls
-        assert said['message']['content'] is None
+        (first,) = replying(chat(tools=[TOOL], tool_choice=choice)).to_response([make_output(twice, 999, 'stop')])['choices']
+        assert first['finish_reason'] == end and len(first['message']['tool_calls']) == calls
+        assert first['message']['content'] is None
 
 
-@pytest.mark.parametrize('end, told', [('stop', 'stop'), ('length', 'length'), ('abort', 'length'), ('error', 'length')])
-def test_reasons(end, told):
+@pytest.mark.parametrize('end, reported', [('stop', 'stop'), ('length', 'length'), ('abort', 'length'), ('error', 'length')])
+def test_reasons(end, reported):
     for body in chat(), ask(prompt='Hi'):
-        assert replying(body).to_response([saying('a', 1, end)])['choices'][0]['finish_reason'] == told
+        assert replying(body).to_response([make_output('a', 1, end)])['choices'][0]['finish_reason'] == reported
 
 
-def test_an_end_is_told_once():
+def test_a_finish_reason_is_reported_once():
     for body in chat(n=2), ask(prompt='Hi', n=2):
-        reply, one, both = replying(body), saying('ab', 1, answers=2), saying('ab', 2, 'stop', answers=2)
+        reply, one, both = replying(body), make_output('ab', 1, answers=2), make_output('ab', 2, 'stop', answers=2)
         one.outputs[0] = both.outputs[0]    # the first has ended before the second
         ends = [c['finish_reason'] for out in (one, both, both) for chunk in reply.add(0, out) for c in chunk['choices']]
         assert ends.count('stop') == 2
 
 
-def test_of_two_tokens_with_one_text_the_likelier_is_told():
+def test_of_two_tokens_with_one_text_the_likelier_is_kept():
     t = tokenizer()
     t.pieces[255] = b'b'
-    out = saying('b', 1, 'stop')
+    out = make_output('b', 1, 'stop')
     out.outputs[0].logprobs = [{255: Logprob(-0.1, 'b'), 98: Logprob(-2.0, 'b')}]
     body = ask(prompt='Hi', logprobs=1)
-    told = REPLIES[CompletionRequest](body, '1', 'm', None, ['Hi'], t).to_response([out])['choices'][0]['logprobs']
-    assert told['top_logprobs'] == [{'b': -0.1}] and told['token_logprobs'] == [-2.0]
+    reported = REPLIES[CompletionRequest](body, '1', 'm', None, ['Hi'], t).to_response([out])['choices'][0]['logprobs']
+    assert reported['top_logprobs'] == [{'b': -0.1}] and reported['token_logprobs'] == [-2.0]
 
 
 def test_token_ids_on_demand():
     chunks = streamed(chat(return_token_ids=True), 'é', [1])
     assert chunks[0]['prompt_token_ids'] == [72, 105]
     assert [i for c in chunks for i in c['choices'][0].get('token_ids', ())] == [195, 169]
-    plain = replying(ask(prompt='Hi', return_token_ids=True)).to_response([saying('é', 2, 'stop')])['choices'][0]
+    plain = replying(ask(prompt='Hi', return_token_ids=True)).to_response([make_output('é', 2, 'stop')])['choices'][0]
     assert plain['token_ids'] == [195, 169] and plain['prompt_token_ids'] == [72, 105]
 
 
 def test_generate():
     body = ask(GenerateRequest, prompt='Hi', n=2)
-    plain = replying(body).to_response([saying('abc', 3, 'stop', answers=2)])
+    plain = replying(body).to_response([make_output('abc', 3, 'stop', answers=2)])
     assert plain['text'] == ['abc'] * 2 and plain['token_ids'] == [[97, 98, 99]] * 2
     assert plain['finish_reasons'] == ['stop'] * 2 and plain['usage']['completion_tokens'] == 6
     chunks = streamed(body, 'abc', [2])
@@ -484,13 +484,13 @@ def test_replies_have_the_published_shapes():
         Draft202012Validator(schema).validate(value)
         known = {k for m in RESPONSES if m.__name__ == name for k in m.model_fields}
         assert set(value) <= known, name
-    text, rich = SAID[3], dict(tools=[TOOL], logprobs=True, top_logprobs=2, return_token_ids=True, n=2)
-    check('ChatCompletion', replying(chat(**rich, prompt_logprobs=1)).to_response([saying(text, 999, 'stop', answers=2)]))
+    text, rich = ANSWERS[3], dict(tools=[TOOL], logprobs=True, top_logprobs=2, return_token_ids=True, n=2)
+    check('ChatCompletion', replying(chat(**rich, prompt_logprobs=1)).to_response([make_output(text, 999, 'stop', answers=2)]))
     for chunk in streamed(chat(**rich), text, [1, 3, 9]): check('ChatCompletionChunk', chunk)
     old = dict(prompt='Hi', logprobs=2, echo=True, return_token_ids=True)
-    check('Completion', replying(ask(**old, prompt_logprobs=1)).to_response([saying(text, 999, 'stop')]))
+    check('Completion', replying(ask(**old, prompt_logprobs=1)).to_response([make_output(text, 999, 'stop')]))
     for chunk in streamed(ask(**old), text, [1, 3, 9]): check('Completion', chunk)
-    check('Generated', replying(ask(GenerateRequest, prompt='Hi', logprobs=1)).to_response([saying(text, 999, 'stop')]))
+    check('Generated', replying(ask(GenerateRequest, prompt='Hi', logprobs=1)).to_response([make_output(text, 999, 'stop')]))
     check('ErrorResponse', APIError(400, 'x').to_dict())
     check('Tokenized', ask(TokenizeRequest, prompt='é').tokenize(tokenizer(), 64))
 
@@ -498,17 +498,17 @@ def test_replies_have_the_published_shapes():
 def test_the_openai_package_reads_the_replies_strictly():
     types = pytest.importorskip('openai.types')
     body = chat(tools=[TOOL], logprobs=True, top_logprobs=1)
-    plain = replying(body).to_response([saying(SAID[3], 999, 'stop')])
+    plain = replying(body).to_response([make_output(ANSWERS[3], 999, 'stop')])
     assert types.chat.ChatCompletion.model_validate(plain, strict=True).choices[0].message.tool_calls
-    for chunk in streamed(body, SAID[3], range(1, 60, 7)):
+    for chunk in streamed(body, ANSWERS[3], range(1, 60, 7)):
         types.chat.ChatCompletionChunk.model_validate(chunk, strict=True)
-    types.Completion.model_validate(replying(ask(prompt='Hi', logprobs=1)).to_response([saying('é', 2, 'stop')]), strict=True)
+    types.Completion.model_validate(replying(ask(prompt='Hi', logprobs=1)).to_response([make_output('é', 2, 'stop')]), strict=True)
 
 
 def test_a_slow_reader_costs_no_more_than_a_quick_one():
     body, text = chat(), 'abc ' * 2000
     looks = sorted(random.Random(0).sample(range(1, 8000), 2000))
-    states = [saying(text, n, logprobs=False) for n in looks]
+    states = [make_output(text, n, logprobs=False) for n in looks]
     reply, start = replying(body), time.process_time()
     for state in states: reply.add(0, state)
     assert (time.process_time() - start) / len(looks) < 0.002    # seconds; it looks at what is new, not at all

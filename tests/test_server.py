@@ -119,7 +119,7 @@ def eventually(fn):
 
 
 def idle(server, engine):
-    "Nobody waits or runs, and all blocks are free."
+    "No request waits or runs, and all blocks are free."
     scheduler, queue = engine.scheduler, server.state.queue
     return not scheduler.sequences and scheduler.blocks.num_free == 63 and (queue.num_open, queue.num_waiting) == (0, 0)
 
@@ -164,10 +164,10 @@ def test_characters_are_never_split_and_stops_are_found_across_chunks(server):
     pytest.importorskip('llguidance')
     text = 'na\u00efve \U0001f469\u200d\U0001f680 text'    # a token is a byte: an astronaut is eleven of them
     body = dict(prompt='a', max_tokens=60, structured_outputs=dict(choice=[text]))
-    for stop, said in ((None, text), ('ve \U0001f469', text[:3]), ('\U0001f680', text[:8]), ('\u00ef', 'na'), ('nowhere', text)):
+    for stop, received in ((None, text), ('ve \U0001f469', text[:3]), ('\U0001f680', text[:8]), ('\u00ef', 'na'), ('nowhere', text)):
         asked = body | (dict(stop=[stop]) if stop else {})
         parts = [c['text'] for part in stream(server, '/v1/completions', asked) for c in part['choices']]
-        assert ''.join(parts) == said == ask(server, '/v1/completions', asked)[2]['choices'][0]['text']
+        assert ''.join(parts) == received == ask(server, '/v1/completions', asked)[2]['choices'][0]['text']
         assert not any('\ufffd' in part for part in parts)
 
 
@@ -177,16 +177,16 @@ def test_the_metrics_are_the_sum_of_the_usage(engine):
         usages = [ask(server, '/v1/completions', body)[2]['usage'] for body in bodies]
         refused = [ask(server, '/v1/completions', dict(prompt=''))[0] for _ in range(3)]
         line = begin_get(server, '/stats').readline()
-        told = json.loads(line.removeprefix(b'data: '))
-        assert told['generation_tokens'] == sum(u['completion_tokens'] for u in usages)
-        assert told['prompt_tokens'] == sum(u['prompt_tokens'] for u in usages)
-        assert refused == [400] * 3 and told['rejected']['invalid'] == 3
+        reported = json.loads(line.removeprefix(b'data: '))
+        assert reported['generation_tokens'] == sum(u['completion_tokens'] for u in usages)
+        assert reported['prompt_tokens'] == sum(u['prompt_tokens'] for u in usages)
+        assert refused == [400] * 3 and reported['rejected']['invalid'] == 3
         text = ask(server, '/metrics')[2].decode()
-        assert f"tinyvllm:generation_tokens_total{{model_name=\"model\"}} {told['generation_tokens']:.1f}" in text
+        assert f"tinyvllm:generation_tokens_total{{model_name=\"model\"}} {reported['generation_tokens']:.1f}" in text
         assert 'cmpl' not in text
 
 
-def test_many_at_once_say_what_each_says_alone(server):
+def test_many_at_once_get_the_same_answers_as_alone(server):
     bodies = [dict(prompt=[n, n + 1], max_tokens=6, **GREEDY) for n in range(20, 32)]
     alone = [ask(server, '/v1/completions', body)[2]['choices'] for body in bodies]
     with ThreadPoolExecutor(len(bodies)) as pool:
@@ -220,7 +220,7 @@ def test_every_reply_has_an_id_and_safe_headers(server):
     assert ask(server, '/v1/completions', body, X_Request_Id='abc')[2]['id'] == 'cmpl-abc'
 
 
-# --- who leaves ---
+# --- clients that leave ---
 
 def test_a_client_that_hangs_up_frees_its_blocks(server, engine, gate):
     long = dict(prompt='abc', max_tokens=200, **GREEDY)
@@ -255,7 +255,7 @@ def test_connect_and_drop(server, engine):
     assert ask(server, '/health')[0] == 200
 
 
-def test_a_slow_reader_stalls_nobody_and_loses_nothing(server, engine):
+def test_a_slow_reader_delays_no_other_and_loses_nothing(server, engine):
     body = dict(prompt=[[70]] * 8, n=4, max_tokens=40, stream=True, logprobs=5, **GREEDY)
     host, port = server.url.removeprefix('http://').split(':')
     slow = socket.socket()
@@ -266,21 +266,21 @@ def test_a_slow_reader_stalls_nobody_and_loses_nothing(server, engine):
                  b'Content-Length: %d\r\n\r\n' % len(raw) + raw)
     eventually(lambda: server.state.queue.num_open)
     assert ask(server, '/v1/completions', dict(prompt='abc', max_tokens=30, **GREEDY))[0] == 200
-    eventually(lambda: not engine.scheduler.sequences)    # nobody has read, all has been computed
+    eventually(lambda: not engine.scheduler.sequences)    # nothing was read, all has been computed
     slow.settimeout(PATIENCE)
     data = b''
     while piece := slow.recv(65536): data += piece
     slow.close()
-    said = {}
+    received = {}
     for line in data.split(b'\n'):
         if b'data: {' not in line: continue
         for choice in json.loads(line[line.index(b'{'):])['choices']:
-            said.setdefault(choice['index'], []).extend(choice['logprobs']['tokens'] if choice['logprobs'] else [])
-    assert len(said) == 32 and all(len(tokens) == 40 for tokens in said.values())
+            received.setdefault(choice['index'], []).extend(choice['logprobs']['tokens'] if choice['logprobs'] else [])
+    assert len(received) == 32 and all(len(tokens) == 40 for tokens in received.values())
     eventually(lambda: idle(server, engine))
 
 
-# --- who must wait ---
+# --- clients that must wait ---
 
 def test_overload_refuses_exactly_the_surplus(engine, gate):
     with serve_in_background(engine, max_queue=4) as server:
@@ -331,7 +331,7 @@ def test_deadlines_end_requests_and_free_their_blocks(engine, gate):
         eventually(lambda: idle(server, engine))
 
 
-def test_a_silent_stream_says_that_it_lives(server, engine, gate):
+def test_a_silent_stream_sends_comments(server, engine, gate):
     with held(gate):
         response = begin(server, '/v1/completions', dict(prompt='abc', max_tokens=2, stream=True)).getresponse()
         assert response.readline() == b': ping\n' and response.readline() == b'\n'
@@ -397,7 +397,7 @@ def test_neither_prompts_nor_keys_are_logged(engine, caplog):
 
 # --- from loading to the end ---
 
-def test_loading_says_so(engine):
+def test_a_server_that_loads_answers_503(engine):
     loaded = threading.Event()
     def load(state):
         assert loaded.wait(PATIENCE)
@@ -464,8 +464,8 @@ def test_serve_as_a_process(folder, tmp_path):
         assert ask(server, '/v1/models')[0] == 401
         reply = ask(server, '/v1/models', Authorization='Bearer abc')
         assert [m['id'] for m in reply[2]['data']] == ['tiny', 'tiny:2']
-        said = ask(server, '/v1/completions', dict(prompt='a', max_tokens=1, model='tiny:2'), Authorization='Bearer abc')
-        assert re.fullmatch(r'[0-9.]+-[0-9a-f]{8}', said[2]['system_fingerprint'])
+        received = ask(server, '/v1/completions', dict(prompt='a', max_tokens=1, model='tiny:2'), Authorization='Bearer abc')
+        assert re.fullmatch(r'[0-9.]+-[0-9a-f]{8}', received[2]['system_fingerprint'])
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0 and 'Traceback' not in process.stderr.read()
     finally:
