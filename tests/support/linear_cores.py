@@ -1,18 +1,23 @@
-"""NVIDIA's tensor cores for the matrix kernels, played by the Metal simulator: their CUDA text runs without a GPU.
+"""NVIDIA's tensor cores for the matrix kernels, simulated: their CUDA text runs without a GPU.
 
-What flash attention's text reaches assembly through is played in `tensor_cores`. Here are the other words of these
+What flash attention's text reaches assembly through is in `support.tensor_cores`. Here are the other words of these
 texts. Copies happen when a group is waited for, and no earlier.
 """
 import re
 from types import SimpleNamespace
 
 import numpy as np
-from support.tensor_cores import SIMULATED_PTX as PLAYED
+from support.tensor_cores import SIMULATED_PTX
 from tinygrad import Tensor
 
-from tinyvllm.kernels.linear_gpu import ATTRIBUTES, TENSOR, kernel_of
+from tinyvllm.kernels.linear_gpu import kernel_of
+from tinyvllm.kernels.linear_stream import TENSOR
 from tinyvllm.kernels.metal import Kernel
 
+ATTRIBUTES = ''', uint2 group [[threadgroup_position_in_grid]],
+    uint lane_ [[thread_index_in_simdgroup]], uint simd_ [[simdgroup_index_in_threadgroup]]) {
+  const int lane = lane_, simd = simd_, me = simd * 32 + lane;
+'''
 COPIES = '''
 struct Copy { threadgroup half* to; device const half* from; bool real; int group; };
 static Copy waiting[256][256];
@@ -35,7 +40,7 @@ inlined void finish(int pending) {
 }
 #define arrived() finish(STAGES - 2); threadgroup_barrier(mem_flags::mem_threadgroup)
 '''
-WORDS = '''
+SIMULATED_WORDS = '''
 inlined float value(float x) { return x; }
 inlined float value(half x) { return x; }
 inlined half rounded(float x) { return half(x); }
@@ -73,7 +78,7 @@ def entry(match: re.Match) -> str:
     return f'kernel void {match[1]}({parameters}{ATTRIBUTES}  const int block = group.x, turn = group.y;\n'
 
 
-def played(rung: str, text: str = '', **variant) -> Kernel:
+def simulate(rung: str, text: str = '', **variant) -> Kernel:
     "The CUDA text of a rung as a kernel for the simulator: other words for memory, for the entry and for assembly."
     body = text or kernel_of(rung, **variant).cuda
     body = body[len(TENSOR):]
@@ -82,8 +87,8 @@ def played(rung: str, text: str = '', **variant) -> Kernel:
                             entry, body, flags=re.S)
     assert entries == 1
     body = body.replace('__shared__', 'threadgroup').replace('__align__(16) ', '')
-    start, end = PLAYED.index('struct Copy'), PLAYED.index('inlined float power')
-    return Kernel(PLAYED[:start] + COPIES + PLAYED[end:] + WORDS + body)
+    start, end = SIMULATED_PTX.index('struct Copy'), SIMULATED_PTX.index('inlined float power')
+    return Kernel(SIMULATED_PTX[:start] + COPIES + SIMULATED_PTX[end:] + SIMULATED_WORDS + body)
 
 
 # --- matrices in every format, in numpy

@@ -1,6 +1,6 @@
 """The matrix kernels for GPUs: every format, before and after, against float64, whole and broken.
 
-Metal's texts run in the simulator; CUDA's run there too, with the tensor cores played (`linear_cores`)."""
+Metal's texts run in the simulator; CUDA's run there too, with simulated tensor cores (`support.linear_cores`)."""
 import re
 import sys
 import warnings
@@ -11,14 +11,17 @@ from functools import cache
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from linear_cores import FORMATS, multiple, numbers, packed, played
+from support.linear_cores import FORMATS, multiple, numbers, packed, simulate
 from tinygrad import Tensor, TinyJit, dtypes
 
 from tinyvllm.kernels import linear_gpu as module
 from tinyvllm.cli.doctor import run_case
 from tinyvllm.kernels.cases import Case
 from tinyvllm.errors import BadInput
-from tinyvllm.kernels.linear_gpu import PARTS, gpu_embed, gpu_linear, gpu_swiglu, kernel_of, kind_of, plan, rms_norm
+from tinyvllm.kernels import linear_tiles
+from tinyvllm.kernels.linear_gpu import NORM_ROOM, gpu_embed, gpu_linear, gpu_swiglu, kernel_of, launch_rows, plan
+from tinyvllm.kernels.linear_lanes import PAD, PARTS, kind_of
+from tinyvllm.kernels.linear_tiles import rms_norm
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.metalsim import counting, lint
 
@@ -71,7 +74,7 @@ def case(wanted: Wanted, seed: int = 0) -> Case:
 
 
 def error(wanted: Wanted, seed: int = 0, **how) -> float:
-    "Relative, with fences around every buffer and outputs that were NaN; raises what the simulator finds."
+    "Relative, with guard regions around every buffer and outputs that were NaN; raises what the simulator finds."
     found = case(wanted, seed)
     count = sum(name.startswith('part') for name in found.inputs)
 
@@ -84,13 +87,13 @@ def error(wanted: Wanted, seed: int = 0, **how) -> float:
 
 
 @contextmanager
-def playing(monkeypatch=None, text=lambda text: text):
+def simulated_cuda(monkeypatch=None, text=lambda text: text):
     "Kernels written for CUDA run in the simulator meanwhile, perhaps with another text."
     real = kernel_of
     with pytest.MonkeyPatch.context() as patch:
         def kernel(rung, *variant):
             if rung not in ('stream', 'tiles'): return real(rung, *variant)
-            return played(rung, text(real(rung, *variant).cuda))
+            return simulate(rung, text(real(rung, *variant).cuda))
         patch.setattr(module, 'kernel_of', cache(kernel))
         yield
 
@@ -126,12 +129,12 @@ def test_matrix_units(wanted):
 @few
 @given(products((1, 20), formats=PACKED), st.sampled_from(STREAMS))
 def test_tensor_cores_on_a_stream(wanted, sizes):
-    with playing(): assert error(wanted, rung='stream', **sizes) <= 2e-3
+    with simulated_cuda(): assert error(wanted, rung='stream', **sizes) <= 2e-3
 
 
 @pytest.mark.parametrize('sizes', STREAMS, ids=str)
 def test_warps_share_the_columns_of_rows(sizes):
-    with playing():
+    with simulated_cuda():
         assert error(Wanted('int4-g32', 3, 42, 416, norm=True), rung='stream', **sizes) <= 2e-3
         assert error(Wanted('f16', 10, 42, 200, norm=True, add=True), rung='stream', **sizes) <= 2e-3
         assert error(Wanted('int8', 17, 44, 192, gated=True), rung='stream', **sizes) <= 2e-3
@@ -140,7 +143,7 @@ def test_warps_share_the_columns_of_rows(sizes):
 @few
 @given(products((1, 40), formats=('f16',)), st.sampled_from(BLOCKS))
 def test_tensor_cores_on_tiles(wanted, sizes):
-    with playing(): assert error(wanted, rung='tiles', **sizes) <= 2e-3
+    with simulated_cuda(): assert error(wanted, rung='tiles', **sizes) <= 2e-3
 
 
 @pytest.mark.parametrize('name', FORMATS)
@@ -150,7 +153,7 @@ def test_every_format(name, rung):
     wanted = Wanted(name, 3, 24, multiple(name), norm=True, add=True)
     if rung != 'stream': assert error(wanted, rung=rung) <= 2e-3
     else:
-        with playing(): assert error(wanted, rung=rung, **STREAMS[0]) <= 2e-3
+        with simulated_cuda(): assert error(wanted, rung=rung, **STREAMS[0]) <= 2e-3
 
 
 @pytest.mark.parametrize('name', FORMATS)
@@ -159,7 +162,7 @@ def test_rows_as_numbers(name):
     parts, w = numbers(rng, name, 13, K)
     w_, tokens = packed(name, 13, K, tuple(map(metal, parts))), np.array([3, 12, 0, 3], np.int32)
     for dtype, limit in ((dtypes.half, 5e-4), (dtypes.float, 1e-6)):
-        embedded, all_rows = gpu_embed(w_, metal(tokens), dtype), module._rows('all_rows', w_, dtype)
+        embedded, all_rows = gpu_embed(w_, metal(tokens), dtype), launch_rows('all_rows', w_, dtype)
         for got, want in ((embedded, w[tokens]), (all_rows, w)):
             assert got.dtype == dtype and np.abs(got.numpy() - want).max() <= limit * np.abs(w).max()
 
@@ -189,7 +192,7 @@ def test_a_token_does_not_see_its_neighbours(rung):
     parts, _ = numbers(rng, 'int4-g32', 20, 160)
     w, x = packed('int4-g32', 20, 160, tuple(map(metal, parts))), rng.standard_normal((13, 160)).astype(np.float16)
     sizes = dict(stream=STREAMS[0]).get(rung, {})
-    with playing() if rung == 'stream' else warnings.catch_warnings():
+    with simulated_cuda() if rung == 'stream' else warnings.catch_warnings():
         def y(x): return gpu_linear(metal(x), w, rung=rung, **sizes).numpy()
         together = y(x)
         assert all(np.array_equal(y(x[t:t + 1])[0], together[t]) for t in (0, 7, 12))
@@ -211,7 +214,7 @@ def test_large_and_small_numbers():
 
     def launch(*t): return gpu_linear(t[3], packed('q4_k', 16, 256, t[:3]), norm=t[4], eps=1e-5, **how)
     for how in (dict(rung='lanes'), dict(rung='stream', **STREAMS[0])):
-        with playing(): assert run_case(launch, found, 'METAL') <= 2e-3
+        with simulated_cuda(): assert run_case(launch, found, 'METAL') <= 2e-3
 
 
 # --- what is read, and how often
@@ -228,7 +231,7 @@ def test_the_matrix_is_read_once_and_the_norm_costs_no_launch():
 
 @pytest.mark.parametrize('T, kernels', [
     (1, ['linear_lanes']), (8, ['linear_lanes']), (9, ['rms_norm', 'linear_tiles'])])
-def test_captured_and_replayed(T, kernels):
+def test_captured_and_resimulate(T, kernels):
     rng = np.random.default_rng(0)
     parts, w = numbers(rng, 'int8-g32', 24, 64)
     w_, norm = packed('int8-g32', 24, 64, tuple(map(metal, parts))), metal(np.ones(64, np.float32))
@@ -354,7 +357,7 @@ def trouble(rung, change=None) -> str:
 
     def kernel(kind, *variant):
         whole = real(kind, *variant)
-        if rung in ('stream', 'tiles') and whole.cuda: return played(kind, text(whole.cuda))
+        if rung in ('stream', 'tiles') and whole.cuda: return simulate(kind, text(whole.cuda))
         return Kernel(text(whole.metal)) if kind in ('lanes', 'tiles') else whole
     real = kernel_of
     with pytest.MonkeyPatch.context() as patch:
@@ -362,7 +365,7 @@ def trouble(rung, change=None) -> str:
         try:
             errors = (error(wanted, **HOW[rung]) for wanted in CASES[rung])
             return next((f'error {e}' for e in errors if not e <= 2e-3), '')
-        except Exception as found:    # of the simulator, the compiler or the fences
+        except Exception as found:    # of the simulator, the compiler or the guard regions
             return str(found)
 
 
@@ -391,7 +394,7 @@ def variant(rung, name, T, N, K, gated=False, norm=False, bias=False, add=False,
     bits, group, scales = FORMATS[name]
     _, threads, c = plan(rung, 'CUDA', T, N, gated, **sizes)
     kind = kind_of(packed(name, N, K, (Tensor.empty(1),)))
-    constants = dict(N=N, K=K, GATED=int(gated), EPS=1e-5, NORM=int(norm), GROUP=group or K, PAD=module.PAD,
+    constants = dict(N=N, K=K, GATED=int(gated), EPS=1e-5, NORM=int(norm), GROUP=group or K, PAD=PAD,
                      BOOST=256.0 if group else 1.0, T='half', T4='half4', NORM_T='float', NORM_T4='float4',
                      BIAS_T='float', BIAS_T4='float4') | c
     return kernel_of(rung, kind, norm, bias, add).source('CUDA', threads, constants)
@@ -420,10 +423,12 @@ def test_cuda_compiles(name):
 
 @pytest.mark.parametrize('kind', [kind for kind in PARTS if kind != 'f32'])
 def test_only_weights_are_read_before_the_wait_for_other_kernels(kind):
-    others = re.compile(r'\b(x|norm|bias|add) ?[+\[]')
+    others = re.compile(r'\b(x|norm|bias|add) ?[+\[]|\bTOKENS_AT\b|\bAFTER\b')
     for norm in (False, True):
         text = kernel_of('stream', kind, norm, True, True).cuda
         early, late = text[text.index('linear_stream('):].split('follow();')
+        if not norm:
+            late = re.sub(r'#if NORM\n.*?#endif', '', late, flags=re.S)
         assert 'FETCH(d, d)' in early and not others.search(early)
         assert others.search(late) and ('norm + k' in late) == norm
 
@@ -431,7 +436,7 @@ def test_only_weights_are_read_before_the_wait_for_other_kernels(kind):
 @pytest.mark.parametrize('gated', [False, True])
 def test_cuda_tiles_compile(gated):
     compiler = nvrtc()
-    for sizes in module.TILE_SIZES:
+    for sizes in linear_tiles.TILE_SIZES:
         ptx = compiler.compile(variant('tiles', 'f16', 300, 512, 520, gated=gated, **sizes)).decode()
         assert 'mma.sync' in ptx and 'ldmatrix' in ptx and 'cp.async' in ptx
 
@@ -443,12 +448,12 @@ def test_sizes_fit():
             c = plan('stream', 'CUDA', T, rows, False)[2]
             sums = c['WARPS'] * -(-T // 8) * 8 * 20 * 4
             assert sums <= 40960 and 32 * c['WARPS'] * c['RESIDENT'] <= 2048
-    assert module.NORM_ROOM['stream'] + 16 * 8 * 4 <= 48 * 1024
-    for c in module.TILE_SIZES:
+    assert NORM_ROOM['stream'] + 16 * 8 * 4 <= 48 * 1024
+    for c in linear_tiles.TILE_SIZES:
         assert c['STAGES'] * (c['BM'] + c['BN']) * c['BK'] * 2 <= 48 * 1024
         stride = 256 * c['WM'] * c['WN'] // c['BK']
         assert stride % 8 == 0 and c['BM'] % stride == c['BN'] % stride == 0 and c['BN'] // c['WN'] % 16 == 0
-    for c in module.MATRIX_SIZES.values():
+    for c in linear_tiles.MATRIX_SIZES.values():
         halves, sums = 2 * (c['BM'] + c['BN']) * (c['BK'] + 8), 4 * c['BM'] * (c['BN'] + 4)
         assert max(halves, sums) <= 32 * 1024 and c['BN'] // c['WN'] % 16 == 0
-    assert module.NORM_ROOM['lanes'] + 1024 <= 32 * 1024
+    assert NORM_ROOM['lanes'] + 1024 <= 32 * 1024
