@@ -24,7 +24,7 @@ def verify(
     nan_ok: bool = False, # outputs that are partly left as they were may hold NaN
     **how, # see `Kernel.launch`
 ) -> None:
-    "Five orders, four fills: a race or an uninitialised read that no check saw shows as a difference."
+    "Run a kernel in five orders of its threads; raises `MetalError` where the outputs differ."
     first = None
     for order, fill, seed in RUNS:
         copies = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
@@ -45,7 +45,7 @@ def compare(
     atol: float, # absolute tolerance
     nan_ok: bool, # NaN may stand in it
 ) -> None:
-    "Complain about NaN, and about a difference."
+    "Raise `MetalError` for NaN, and for a difference to the first order."
     name = kernel.slots[index].name
     if not nan_ok and found.dtype.kind == 'f' and np.isnan(found).any():
         raise MetalError(f"{kernel.name}: NaN in output buffer {index} ('{name}')")

@@ -35,10 +35,10 @@ WRAP = '-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset'  # clang 14 does not ren
 
 
 class MetalError(RuntimeError):
-    "What went wrong in a kernel, with the line and the thread where it did."
+    "An error of a kernel that runs, with the line and the thread."
 
 
-class MetalCompileError(MetalError):
+class MetalCompileError(RuntimeError):
     "The source does not compile; the message is the compiler's, with the line numbers of the source."
 
 
@@ -50,12 +50,12 @@ class Compiler:
 
     @property
     def is_zig(self) -> bool:
-        "Is it the ziglang wheel?"
+        "Is it the compiler of the ziglang wheel?"
         return Path(self.command).name.startswith('zig-cc-')
 
     @property
     def flags(self) -> list[str]:
-        "How to read Metal: the language, half and the processor's instructions."
+        "Flags for Metal: the language, half and the processor's instructions."
         half = ['-Xclang', '-ffloat16-excess-precision=none'] if self.major >= 16 else [
             '-Xclang', '-fnative-half-type', '-Xclang', '-fallow-half-arguments-and-returns']
         processor = ['-mavx2', '-mf16c', '-mfma'] if platform.machine() == 'x86_64' else []
@@ -71,19 +71,20 @@ class Compiler:
 
 @cache
 def compiler() -> Compiler:
-    "`$METALSIM_CC`, `$CC`, the oldest clang there is, or the ziglang wheel; `BadInput` without any."
+    "Find `$METALSIM_CC`, `$CC`, the oldest clang or the ziglang wheel; raises `BadInput` without any."
     if sys.platform != 'linux':
         raise BadInput('the Metal simulator runs on Linux only; on a Mac use the device METAL itself')
     names = [os.environ.get('METALSIM_CC'), os.environ.get('CC'), 'clang',
              *(f'clang-{n}' for n in range(OLDEST, NEWEST)), zig_wrapper()]
     for command in filter(None, names):
-        if (version := clang_version(command)) >= OLDEST:
+        version = clang_version(command)
+        if version >= OLDEST:
             return Compiler(command, version)
     raise BadInput(f'the Metal simulator needs a compiler: install clang ({OLDEST} or newer), or `pip install ziglang`')
 
 
 def clang_version(command: str) -> int:
-    "The major version that it gives; 0 if it does not run, or is no clang."
+    "Return the major version of a clang; 0 if it does not run, or is another program."
     found = re.search(r'clang version (\d+)', first_line(command)) if shutil.which(command) else None
     return int(found.group(1)) if found else 0
 
@@ -107,8 +108,8 @@ def library(
 def complaints(
     text: str, # what a compiler has printed
     name: str, # of the source
-) -> list[str]: # its errors; all of the text if it speaks of none
-    "Errors by their place in the source, also those that show in a header that it uses."
+) -> list[str]: # all of the text if it has none
+    "Collect errors by their place in the source, also those in a header that it uses."
     found, elsewhere = [], None
     for place, kind, what in re.findall(r'^(.+?:\d+:\d+): (error|note|fatal error): (.*)$', text, re.M):
         if kind != 'note':
@@ -124,7 +125,7 @@ def cached(
     flags: list[str], # the compiler's
     text: str, # C++
 ) -> Path: # in the cache folder
-    "The shared object of a text: named after all it depends on, and never there half-written."
+    "Compile a text to a shared object in the cache, under a name made of all that it depends on."
     cc = compiler()
     folder = writable_dir() / 'metalsim'
     path = folder / f"{kind}-{short_hash(repr((flags, text, headers(), stamp(cc.command))))}.so"
@@ -140,13 +141,13 @@ def cached(
 
 @cache
 def headers() -> str:
-    "Metal's standard library, ours."
+    "Return the text of our headers for Metal's standard library."
     return ''.join(path.read_text() for path in sorted((HERE / 'include').iterdir()))
 
 
 @cache
 def runtime() -> ctypes.CDLL:
-    "rt.cpp, compiled once and loaded where kernels find its functions."
+    "Compile and load rt.cpp once, so that kernels find its functions."
     flags = ['-x', 'c++', '-std=c++17', '-O2', '-fno-exceptions', '-fno-rtti', '-fno-sanitize=undefined', *SHARED]
     path = cached('runtime', flags, (HERE / 'rt.cpp').read_text())
     loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

@@ -1,4 +1,4 @@
-"What kernels did: which ran, on how many threads, and what they read and wrote of each buffer."
+"Counts of kernels that ran: on how many threads, and what they read and wrote of each buffer."
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,13 +21,13 @@ class Traffic(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        "Read and written."
+        "Bytes read and written."
         return self.bytes_read + self.bytes_written
 
 
 @dataclass
 class Dispatch:
-    "One kernel that has run; without checks, nobody has counted its traffic."
+    "One kernel that has run; without checks its traffic was not counted."
     name: str
     grid: tuple[int, int, int]  # threadgroups
     threads: tuple[int, int, int]  # in one of them
@@ -35,12 +35,12 @@ class Dispatch:
 
     @property
     def num_threads(self) -> int:
-        "In all threadgroups."
+        "Threads of all threadgroups."
         return prod(self.grid) * prod(self.threads)
 
     @property
     def total(self) -> Traffic:
-        "Over all buffers."
+        "Sum over all buffers."
         return sum(self.buffers.values(), Traffic())
 
 
@@ -53,7 +53,7 @@ class Counts(list[Dispatch]):
 
     @property
     def total(self) -> Traffic:
-        "Over all dispatches."
+        "Sum over all dispatches."
         return sum((d.total for d in self), Traffic())
 
 
@@ -62,7 +62,7 @@ _open: list[Counts] = []
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    "`with counting() as counts:` and afterwards `counts[0].total.reads`, `counts.total.bytes`."
+    "Count dispatches inside the block: afterwards `counts[0].total.reads`, `counts.total.bytes`."
     counts = Counts()
     _open.append(counts)
     try:
@@ -72,7 +72,7 @@ def counting() -> Iterator[Counts]:
 
 
 def note(dispatch: Dispatch) -> None:
-    "A kernel has run."
+    "Record a kernel that has run in the open counts."
     for counts in _open:
         counts.append(dispatch)
 
@@ -80,6 +80,6 @@ def note(dispatch: Dispatch) -> None:
 def note_graph(
     kernels: int, # that it replays
 ) -> None:
-    "A graph is called."
+    "Record a call of a graph in the open counts."
     for counts in _open:
         counts.graphs.append(kernels)

@@ -43,7 +43,8 @@ class MetalCompiler(Compiler):
 
     def compile(self, src: str) -> bytes:
         "Raises `CompileError` with the line numbers of the source."
-        if knob('METALSIM_LINT', '0') and (complaints := lint(src)):
+        complaints = lint(src) if knob('METALSIM_LINT', '0') else []
+        if complaints:
             raise CompileError('\n'.join(complaints))
         check = knob('METALSIM_CHECK', '1')
         try:
@@ -64,8 +65,8 @@ class MetalBuffer:
         self.memory, self.size, self.offset = memory, size, offset
 
     @property
-    def place(self) -> tuple[int, int]:
-        "Its address and its size: what a kernel may touch."
+    def address_and_size(self) -> tuple[int, int]:
+        "Address and size: the bytes that a kernel may access."
         return ctypes.addressof(self.memory) + self.offset, self.size
 
 
@@ -111,7 +112,7 @@ class MetalProgram(Program):
 
     def __call__(self, *bufs, global_size=(1, 1, 1), local_size=(1, 1, 1), vals=(), wait=False, **_):
         start = time.perf_counter()
-        table = {i: buffer.place for i, buffer in enumerate(bufs)}
+        table = {i: buffer.address_and_size for i, buffer in enumerate(bufs)}
         numbers = []  # kept until the kernel has run
         for value, (_, index, dtype, _) in zip(vals, self.signature[len(bufs):]):
             numbers.append(getattr(ctypes, f'c_int{dtype.bitsize}')(value))
@@ -124,7 +125,7 @@ class MetalProgram(Program):
         global_size, # threadgroups
         local_size, # threads in one
     ) -> None:
-        "Run it, under the rules that hold for a command encoder."
+        "Run the kernel, under the rules of a command encoder. Raises `MetalError`."
         if any(not float(n).is_integer() for n in global_size):
             raise MetalError(f'{self.name}: global size {global_size} is not whole')
         if prod(local_size) > self.max_total_threads:
@@ -132,14 +133,14 @@ class MetalProgram(Program):
         if prod(global_size) == 0:
             return
         self.check_table(table)
-        places = [table.get(i, (0, 0)) for i in range(max(table, default=-1) + 1)]
-        addresses, sizes = [p[0] for p in places], [p[1] for p in places]
+        bound = [table.get(i, (0, 0)) for i in range(max(table, default=-1) + 1)]
+        addresses, sizes = [b[0] for b in bound], [b[1] for b in bound]
         self.kernel.launch(addresses, sizes, global_size, local_size)
 
     def check_table(self,
         table: dict[int, tuple[int, int]], # buffer index -> address and size
     ) -> None:
-        "Every parameter is bound, to an index that exists, and no number to less than its size."
+        "Raise `MetalError` if a parameter is not bound, to an index out of range, or to too few bytes."
         if missing := [p.name for i, p in self.kernel.slots.items() if i not in table]:
             raise MetalError(f"{self.name}: not bound: {', '.join(missing)} (bound are {sorted(table)})")
         if max(table, default=0) >= MAX_BUFFERS:
@@ -161,22 +162,22 @@ class MetalGraph(GraphRunner):
             self.var_buf = self.dev.allocator.alloc(sum(dtype.itemsize for dtype in numbers))
         for (_, ast, bufs, _), run, replace in zip(self.calls, self.runtimes, self.uop_replace):
             replaced = {position for position, _ in replace}
-            table = {i: b._buf.place for i, b in enumerate(bufs) if i not in replaced}
+            table = {i: b._buf.address_and_size for i, b in enumerate(bufs) if i not in replaced}
             self.bind_vars(table, run.signature[len(bufs):])
             self.commands.append((run, table, ast.arg.launch_dims({v: 0 for v in self.vars})))
 
     def bind_vars(self, table: dict, numbers) -> None:
-        "All variables lie in one buffer, one after the other."
+        "Bind variables: all lie in one buffer, one after the other."
         for name, index, dtype, _ in numbers:
             offset = sum(struct.calcsize(fmt) for _, _, fmt in self.bound_vars)
-            table[index] = self.var_buf.place[0] + offset, dtype.itemsize
+            table[index] = self.var_buf.address_and_size[0] + offset, dtype.itemsize
             self.bound_vars.append((name, offset, dtype.fmt))
 
     def __call__(self, input_uops, var_vals, wait=False):
         start = time.perf_counter()
         for (_, table, _), replace in zip(self.commands, self.uop_replace):
             for position, i in replace:
-                table[position] = input_uops[i].buffer._buf.place
+                table[position] = input_uops[i].buffer._buf.address_and_size
         for j, global_size, local_size in self.updated_launch_dims(var_vals):
             self.commands[j] = *self.commands[j][:2], (global_size, local_size)
         for name, offset, fmt in self.bound_vars:

@@ -65,7 +65,7 @@ class Library:
         pc: int, # an address in the code, or 0
         line: int, # if the runtime knows it, else 0
     ) -> str: # such as ` at kernel.metal:12`
-        "The line of the source that an address belongs to."
+        "Return the line of the source that an address belongs to; empty if unknown."
         line = line or (pc and line_of(self.path, pc - self.image[0] - 1))
         return f' at {self.name}:{line}' if line else ''
 
@@ -86,7 +86,7 @@ class Kernel:
         threads: Sequence[int], # in a threadgroup
         **how, # see `launch`
     ) -> None:
-        "Run it. In check mode the arrays live between red zones meanwhile."
+        "Run the kernel on arrays, written in place. In check mode they lie between red zones meanwhile."
         if len(args) != len(self.slots):
             raise MetalError(f'{self.name} takes {len(self.slots)} buffers, got {len(args)}')
         arrays = [self.array(self.parameter(i), value) for i, value in enumerate(args)]
@@ -97,7 +97,7 @@ class Kernel:
                 array[...] = copy
 
     def parameter(self, index: int) -> Parameter:
-        "What the buffer `index` is bound to."
+        "Return the parameter of a buffer index; raises `MetalError` if there is none."
         if index not in self.slots:
             raise MetalError(f'{self.name}: no parameter has [[buffer({index})]]')
         return self.slots[index]
@@ -106,7 +106,7 @@ class Kernel:
         parameter: Parameter, # what it is bound to
         value, # a numpy array, or a number
     ) -> np.ndarray:
-        "A number as an array of the parameter's type; an array as it is."
+        "Convert a number to an array of the parameter's type; check an array."
         if not isinstance(value, np.ndarray):
             return np.array([value], DTYPES[parameter.scalar])
         if not value.flags.c_contiguous:
@@ -124,7 +124,7 @@ class Kernel:
         strict: bool = True, # lanes that have returned may not miss a collective
         dynamic: Sequence[int] = (), # bytes for [[threadgroup(0)]], [[threadgroup(1)]], ...
     ) -> None:
-        "Run it on memory that is there; raises `MetalError`."
+        "Run the kernel on addresses of memory; raises `MetalError`."
         grid, threads = three(grid), three(threads)
         if prod(threads) > self.signature.max_threads:
             raise MetalError(f'{self.name}: {prod(threads)} threads, '
@@ -142,7 +142,7 @@ class Kernel:
         note(Dispatch(self.name, grid, threads, self.traffic(bindings)))
 
     def run(self, launch: Launch) -> None:
-        "One dispatch; what the runtime complains about is raised."
+        "Run one dispatch; an error of the runtime is raised as `MetalError`."
         machine = runtime()
         with LOCK:
             if machine.msl_launch(ctypes.byref(launch)):
@@ -150,18 +150,18 @@ class Kernel:
                 raise MetalError(f'{self.name}: {machine.msl_error().decode()}{place}')
 
     def traffic(self, bindings: ctypes.Array) -> dict[str, Traffic]:
-        "What each buffer saw, by the parameter's name; numbers (`constant T&`) are no buffers."
+        "Return the traffic of each buffer, by the parameter's name; numbers (`constant T&`) are no buffers."
         if not self.library.check:
             return {}
         return {p.name: Traffic(*(getattr(bindings[i], field) for field in Traffic._fields))
                 for i, p in self.slots.items() if not p.is_reference}
 
     def function(self, kind: str):
-        "Its entry point: `entry` runs one thread, `flat` runs them all."
+        "Return an entry point: `entry` runs one thread, `flat` runs them all."
         return getattr(self.library.code, f'msl_{kind}_{self.name}')
 
     def binding(self, index: int, address: int, size: int) -> Binding:
-        "One buffer for the runtime: its name, and whether it may be written and raced for."
+        "Describe a buffer for the runtime: name, writable, and whether races are checked."
         parameter = self.slots.get(index)
         writable = parameter is not None and parameter.writable
         return Binding(address, size, parameter.name.encode() if parameter else b'?', writable,
@@ -173,12 +173,12 @@ class Kernel:
 
 
 def three(numbers: Sequence[int]) -> tuple[int, int, int]:
-    "Three launch sizes: those that are missing are 1."
+    "Return three launch sizes: those that are missing are 1."
     return tuple(map(int, (*numbers, 1, 1)[:3]))
 
 
 def in_red_zone(array: np.ndarray) -> np.ndarray:
-    "A copy of the array with bytes on both sides that belong to nobody; aligned to 16."
+    "Copy an array into a larger one, with a red zone on both sides; aligned to 16 bytes."
     space = np.full(array.nbytes + 2 * RED_ZONE + 64, RED, np.uint8)
     start = RED_ZONE - (space.ctypes.data + RED_ZONE) % 16 + 16
     copy = space[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -187,7 +187,7 @@ def in_red_zone(array: np.ndarray) -> np.ndarray:
 
 
 def image_of(path: Path) -> tuple[int, int]:
-    "The first and the last address at which a shared object is loaded."
+    "Return the first and the last address at which a shared object is loaded."
     file = re.escape(str(path.resolve()))
     spans = re.findall(rf'^(\w+)-(\w+) .*{file}(?: .deleted.)?$', Path('/proc/self/maps').read_text(), re.M)
     return int(spans[0][0], 16), int(spans[-1][1], 16)

@@ -36,7 +36,7 @@ def lint(
     source: str, # Metal
     name: str = 'kernel.metal', # of the source, for messages
 ) -> list[str]: # complaints, each with its line; empty if there are none
-    "What would stop Metal's compiler."
+    "List what Metal's compiler would refuse."
     text = strip_comments(source)
     found = [f'{name}:{text.count(chr(10), 0, at) + 1}: {why}'
              for look in (forbidden, constants, pointers) for at, why in look(text)]
@@ -45,14 +45,14 @@ def lint(
 
 
 def forbidden(text: str) -> Iterator[tuple[int, str]]:
-    "Words that the language lacks."
+    "Find words that the language lacks."
     for pattern, why in FORBIDDEN:
         for m in re.finditer(pattern, text):
             yield m.start(), why
 
 
 def constants(text: str) -> Iterator[tuple[int, str]]:
-    "Variables outside of functions: they must be `constant`."
+    "Find variables outside of functions that are not `constant`."
     depth, outside = 0, []
     for c in text:
         depth += (c == '{') - (c == '}')
@@ -63,7 +63,7 @@ def constants(text: str) -> Iterator[tuple[int, str]]:
 
 
 def pointers(text: str) -> Iterator[tuple[int, str]]:
-    "Pointers and references to built-in types: they must say into which memory."
+    "Find pointers and references to built-in types without an address space."
     for m in POINTER.finditer(text):
         before = re.split(r'[;{}(,]', text[:m.start()])[-1]
         is_declaration = re.fullmatch(r'\s*(const|volatile|\s)*', before)
@@ -72,7 +72,7 @@ def pointers(text: str) -> Iterator[tuple[int, str]]:
 
 
 def parameters(kernel: Signature) -> Iterator[str]:
-    "A kernel's parameters: address spaces, indices, and numbers of components that agree."
+    "Check a kernel's parameters: address spaces, indices, numbers of components."
     sizes = {re.sub(r'\D', '', p.type.replace('const', '')) for p in kernel.parameters if p.builtin in POSITIONS}
     if len(sizes) > 1:
         yield 'grid position/size attributes must all have the same number of components'
@@ -87,7 +87,7 @@ def parameters(kernel: Signature) -> Iterator[str]:
 
 
 def address_spaces(source: str, name: str) -> list[str]:
-    "What clang says when each address space is a type of its own."
+    "Compile with each address space as a type of its own; return the errors and casts."
     text = f'#include <metal_stdlib>\n#line 1 "{name}"\n{rewritten(source)}\n'
     flags = [*compiler().flags, '-DMSL_LINT', '-O0', '-gline-tables-only', '-S', '-emit-llvm', '-o']
     with tempfile.TemporaryDirectory() as folder:

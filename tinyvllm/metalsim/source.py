@@ -167,7 +167,8 @@ def rewritten(source: str) -> str:
         if m.start() < done:
             continue
         end = declaration_end(text, m.end())
-        if text[end:end + 1] == ';' and (storage := threadgroup_storage(text[m.end():end])):
+        storage = threadgroup_storage(text[m.end():end]) if text[end:end + 1] == ';' else None
+        if storage:
             out.append(text[done:m.start()] + storage + '\n' * text.count('\n', m.start(), end + 1))
             done = end + 1
     return ATTRIBUTE.sub(' ', ''.join(out) + text[done:])
