@@ -1,11 +1,11 @@
-"""How long does the scheduler think per step?
+"""How long does a decision of the scheduler take?
 
     python benchmarks/scheduler.py            # prints rows and adds them to benchmarks/results/scheduler.jsonl
 
-Steady decode: every running sequence says one token per step, none ends, and each takes a new block every
-16 tokens. A step is `schedule` and `update_from_output`; the tokens come from nowhere and take no time, so no device
-is involved. A row is the median over the steps, with the slowest one in a hundred beside it. The case with
-1,000 waiting shows what a long queue costs: nothing, since only its head is looked at.
+Steady decode: every running sequence gets one token per step, none ends, and each needs a new block every
+16 tokens. A step is `schedule` and `update_from_output`; the tokens are made up, so no device is involved. A row is
+the median over the steps, with the slowest one in a hundred beside it. The case with 1,000 waiting shows what a long
+queue costs: nothing, since only its head is looked at.
 """
 import argparse
 import statistics
@@ -25,7 +25,7 @@ STEPS, WARMUP, PROMPT, BLOCK = 1000, 20, 64, 16
 
 
 def steady(running, waiting):
-    "A scheduler in which `running` sequences decode and `waiting` more stand in line."
+    "A scheduler in which `running` sequences decode and `waiting` more wait."
     blocks = running * -(-(PROMPT + STEPS + WARMUP + 2) // BLOCK) + 1
     scheduler = Scheduler(BlockManager(blocks, BLOCK), running, running * (PROMPT + 16))
     params = SamplingParams(max_tokens=STEPS + WARMUP + 2, ignore_eos=True)
