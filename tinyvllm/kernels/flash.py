@@ -9,7 +9,7 @@ from math import e, log2
 from ..errors import BadInput
 from .metal import Kernel
 from ..kv_cache.paged import PagedBatch
-from .simd import check_attention, check_shapes, element
+from .simd import check_attention, check_shapes, metal_type
 from .softmax import decode_attend
 from tinygrad import Tensor, dtypes
 
@@ -250,7 +250,7 @@ def flash(
     """Compute causal attention to a paged cache, tile by tile, in one kernel.
 
     FlashAttention-2 (arXiv:2307.08691) over block tables. Raises `BadInput`."""
-    E, (T, H, D) = element(FLASH_TILED, q=q), q.shape
+    E, (T, H, D) = metal_type(FLASH_TILED, q=q), q.shape
     has_matrix = E == 'half' and q.device.startswith('METAL')
     rung = rung or (FLASH_MATRIX if has_matrix else FLASH_TILED)
     check_flash(rung, q, k, v, tables, owners, positions, starts)

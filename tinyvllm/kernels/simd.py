@@ -14,9 +14,9 @@ from ..kv_cache.paged import PagedBatch, PagedKVCache
 from tinygrad import Tensor, dtypes
 
 # %% auto #0
-__all__ = ['MATVEC_NAIVE', 'MATVEC_COALESCED', 'PACKS', 'MATVEC_VECTOR', 'MATVEC_ROWS', 'KV_WRITE', 'DECODE_SIMPLE', 'element',
-           'check_shapes', 'matvec_sizes', 'matvec', 'kv_write', 'KernelKVCache', 'check_attention', 'decode_simple',
-           'simple_attend']
+__all__ = ['MATVEC_NAIVE', 'MATVEC_COALESCED', 'WIDE_LOADS', 'MATVEC_VECTOR', 'MATVEC_ROWS', 'MATVEC_SIZES', 'KV_WRITE',
+           'DECODE_SIMPLE', 'metal_type', 'check_shapes', 'matvec_sizes', 'matvec', 'kv_write', 'KernelKVCache',
+           'check_attention', 'decode_simple', 'simple_attend']
 
 # %% ../../nbs/06_simd.ipynb #da0a7a71
 MATVEC_NAIVE = Kernel('''
@@ -42,8 +42,8 @@ kernel void matvec_coalesced(device T* y, device const T* w, device const T* x,
   if (lane == 0) y[row] = T(sum);
 }''')
 
-# %% ../../nbs/06_simd.ipynb #b8663eb1
-PACKS = '''
+# %% ../../nbs/06_simd.ipynb #2e4ea31a
+WIDE_LOADS = '''
 #if PACK == 8                           // eight halves in 16 bytes, the widest load there is
 typedef uint4 pack;
 inlined float4 low(pack p) { return float4(as_type<half4>(uint2(p.x, p.y))); }
@@ -58,8 +58,8 @@ inlined float product(pack a, pack b) { return float(a) * float(b); }
 #endif
 '''
 
-# %% ../../nbs/06_simd.ipynb #d152ae34
-MATVEC_VECTOR = Kernel(PACKS + '''
+# %% ../../nbs/06_simd.ipynb #71978e06
+MATVEC_VECTOR = Kernel(WIDE_LOADS + '''
 kernel void matvec_vector(device T* y, device const T* w, device const T* x,
                           uint group [[threadgroup_position_in_grid]],
                           uint simd [[simdgroup_index_in_threadgroup]],
@@ -75,8 +75,8 @@ kernel void matvec_vector(device T* y, device const T* w, device const T* x,
   if (lane == 0) y[row] = T(sum);
 }''')
 
-# %% ../../nbs/06_simd.ipynb #a29526ea
-MATVEC_ROWS = Kernel(PACKS + '''
+# %% ../../nbs/06_simd.ipynb #88e42a60
+MATVEC_ROWS = Kernel(WIDE_LOADS + '''
 kernel void matvec_rows(device T* y, device const T* w, device const T* x,
                         uint group [[threadgroup_position_in_grid]],
                         uint simd [[simdgroup_index_in_threadgroup]],
@@ -101,12 +101,12 @@ kernel void matvec_rows(device T* y, device const T* w, device const T* x,
   }
 }''')
 
-# %% ../../nbs/06_simd.ipynb #def05f3e
-def element(
+# %% ../../nbs/06_simd.ipynb #7bde1af9
+def metal_type(
     kernel: Kernel, # for the message
     **tensor: Tensor, # one, by its name
-) -> str: # Metal's name for the type of its elements
-    "Our kernels compute in `half` and `float`; raises `BadInput` for other types."
+) -> str: # half or float
+    "Return Metal's name for the type of a tensor; raises `BadInput` unless it is half or float."
     (name, t), = tensor.items()
     if t.dtype in (dtypes.half, dtypes.float): return t.dtype.name
     raise BadInput(f"kernel {kernel.signature.name}: '{name}' is {t.dtype.name}; "
@@ -114,37 +114,42 @@ def element(
 
 def check_shapes(
     kernel: Kernel | str, # for the message
-    **shapes: tuple[Tensor | None, tuple], # by name: what there is, and its shape; None: any size
+    **shapes: tuple[Tensor | None, tuple], # by name: a tensor and its wanted shape; None: any size
 ) -> None:
-    "Refuse tensors that do not fit together, by name; raises `BadInput`."
-    who = kernel if isinstance(kernel, str) else f'kernel {kernel.signature.name}'
+    "Raise `BadInput`, with the tensor's name, where a shape is not the wanted one."
+    owner = kernel if isinstance(kernel, str) else f'kernel {kernel.signature.name}'
     for name, (tensor, shape) in shapes.items():
         if tensor is None or len(tensor.shape) == len(shape) and all(
-            want in (None, size) for size, want in zip(tensor.shape, shape)): continue
+                want in (None, size) for size, want in zip(tensor.shape, shape)):
+            continue
         wanted = str(shape).replace('None', 'any')
-        raise BadInput(f"{who}: '{name}' has shape {tensor.shape}; it takes {wanted}")
+        raise BadInput(f"{owner}: '{name}' has shape {tensor.shape}; it takes {wanted}")
 
-# %% ../../nbs/06_simd.ipynb #ca11dbe6
+# %% ../../nbs/06_simd.ipynb #376d13a2
+MATVEC_SIZES = {    # by device: rows of the matrix below this, constants of the kernels
+    'CUDA': [(4096, dict(SIMDS=8, ROWS=1, UNROLL=8, RESIDENT=4)),
+             (16384, dict(SIMDS=8, ROWS=2, UNROLL=8, RESIDENT=4)),
+             (float('inf'), dict(SIMDS=4, ROWS=1, UNROLL=8, RESIDENT=4))],
+    'METAL': [(float('inf'), dict(SIMDS=2, ROWS=4, UNROLL=2))]}
+
 def matvec_sizes(
     device: str, # tinygrad's name
     rows: int, # of the matrix
 ) -> dict[str, int]: # constants of the kernels
-    "Simdgroups to a threadgroup, rows to a simdgroup, steps in flight: what suits the device."
-    if not device.startswith('CUDA'): return dict(SIMDS=2, ROWS=4, UNROLL=2)
-    if rows < 4096: return dict(SIMDS=8, ROWS=1, UNROLL=8, RESIDENT=4)
-    if rows < 16384: return dict(SIMDS=8, ROWS=2, UNROLL=8, RESIDENT=4)
-    return dict(SIMDS=4, ROWS=1, UNROLL=8, RESIDENT=4)
+    "Look up simdgroups of a threadgroup, rows of a simdgroup and unrolled steps for a device."
+    table = MATVEC_SIZES.get(device.split(':')[0], MATVEC_SIZES['METAL'])
+    return next(sizes for limit, sizes in table if rows < limit)
 
-# %% ../../nbs/06_simd.ipynb #7e85e165
+# %% ../../nbs/06_simd.ipynb #99fd78f5
 def matvec(
     w: Tensor, # (N, K) half or float
     x: Tensor, # (K,) the same type
     rung: Kernel = MATVEC_ROWS, # or one of the slower ones
     **sizes: int, # in place of those of `matvec_sizes`
-) -> Tensor: # (N,) summed in float32
-    "`w @ x` by a kernel of ours, in the lazy graph. Raises `BadInput`."
+) -> Tensor: # (N,) of the same type
+    "Compute `w @ x`, summed in float32, in one kernel. Raises `BadInput`."
     check_shapes(rung, w=(w, (None, None)), x=(x, w.shape[1:]))
-    T, (N, K) = element(rung, w=w), w.shape
+    T, (N, K) = metal_type(rung, w=w), w.shape
     sizes = matvec_sizes(w.device, N) | sizes
     pack = next(n for n in (8, 4, 1) if K % n == 0 and n * w.dtype.itemsize <= 16)
     rows = sizes['SIMDS'] * {MATVEC_NAIVE: 32, MATVEC_ROWS: sizes['ROWS']}.get(rung, 1)
@@ -152,7 +157,7 @@ def matvec(
                 grid=(-(-N // rows),), threads=(32 * sizes['SIMDS'],), ops=2 * N * K,
                 T=T, V=f'{T}4', N=N, K=K, PACK=pack, **sizes)
 
-# %% ../../nbs/06_simd.ipynb #95aa1fe3
+# %% ../../nbs/06_simd.ipynb #e8945953
 KV_WRITE = Kernel('''
 kernel void kv_write(device V* k_pool, device V* v_pool, device const V* k, device const V* v,
                      device const int* slots, uint i [[thread_position_in_grid]]) {
@@ -172,8 +177,8 @@ def kv_write(
     slots: Tensor, # (T,) int32 where each token goes
     first: int = 1, # slots below are padding's: nothing is written there
 ) -> tuple[Tensor, Tensor]: # the pools, readable after the write
-    "Scatter keys and values in place, both in one launch. Raises `BadInput`."
-    T, (tokens, K, D) = element(KV_WRITE, k_pool=k_pool), k.shape
+    "Write keys and values to their slots in place, both in one launch. Raises `BadInput`."
+    T, (tokens, K, D) = metal_type(KV_WRITE, k_pool=k_pool), k.shape
     check_shapes(KV_WRITE, k_pool=(k_pool, (k_pool.shape[0], K, D)), v_pool=(v_pool, k_pool.shape),
                  v=(v, k.shape), slots=(slots, (tokens,)))
     wide = 4 if D % 4 == 0 else 1
@@ -182,9 +187,9 @@ def kv_write(
                     nbytes=4 * k.nbytes() + slots.nbytes(), V=T if wide == 1 else f'{T}4',
                     TOKENS=tokens, ROW=size, FIRST=first)
 
-# %% ../../nbs/06_simd.ipynb #b7378ff0
+# %% ../../nbs/06_simd.ipynb #9ac6829f
 class KernelKVCache(PagedKVCache):
-    "Writes with one kernel of ours; once that is refused, it warns and writes as before."
+    "A paged cache that writes with one kernel; where that is refused, it warns and uses two."
     def __init__(self,
         model: Llama, # gives the shapes, the dtype and the device
         num_blocks: int, # in the pool, with block 0
@@ -195,23 +200,24 @@ class KernelKVCache(PagedKVCache):
         self.store = store
 
     def write(self, layer: int, k: Tensor, v: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:
-        "Store keys and values (T, K, D) in their slots; returns the pools, (blocks, slots, K, D)."
+        "Write keys and values (T, K, D) to their slots; returns the pools, (blocks, slots, K, D)."
         if not self.store: return super().write(layer, k, v, batch)
-        try: pools = self.store(self.k[layer], self.v[layer], k, v, batch.slots)
+        try:
+            pools = self.store(self.k[layer], self.v[layer], k, v, batch.slots)
         except BadInput as refused:
             warnings.warn(f'{refused}: the portable kernels write keys and values')
             self.store = None
             return super().write(layer, k, v, batch)
         return tuple(p.reshape(self.num_blocks, self.block_size, *k.shape[1:]) for p in pools)
 
-# %% ../../nbs/06_simd.ipynb #436f9f5c
+# %% ../../nbs/06_simd.ipynb #cae4bed2
 DECODE_SIMPLE = Kernel('''
 kernel void decode_simple(device V* out, device const V* q, device const V* k, device const V* v,
                           device const int* tables, device const int* owners,
                           device const int* positions,
-                          uint2 place [[threadgroup_position_in_grid]],
+                          uint2 group [[threadgroup_position_in_grid]],
                           uint lane [[thread_index_in_simdgroup]]) {
-  const int token = place.y, head = place.x, row = (token * H + head) * LANES;
+  const int token = group.y, head = group.x, row = (token * H + head) * LANES;
   const int last = positions[token];
   device const int* table = tables + owners[token] * B;
   const bool mine = lane < LANES;       // a head of 64 numbers keeps 16 lanes busy
@@ -230,7 +236,7 @@ kernel void decode_simple(device V* out, device const V* q, device const V* k, d
   if (mine) out[row + lane] = V(mean / weight);
 }''')
 
-# %% ../../nbs/06_simd.ipynb #9160d2fe
+# %% ../../nbs/06_simd.ipynb #33cebd2e
 def check_attention(
     kernel: Kernel, # for the message
     q: Tensor, # (T, H, D)
@@ -240,7 +246,7 @@ def check_attention(
     owners: Tensor, # (T,)
     positions: Tensor, # (T,)
 ) -> None:
-    "Refuse by name what the kernels do not serve; raises `BadInput`."
+    "Raise `BadInput`, with the tensor's name, for what the attention kernels cannot take."
     name = f'kernel {kernel.signature.name}'
     for what, tensor, axes in (('q', q, 3), ('k', k, 4), ('tables', tables, 2)):
         if tensor.ndim != axes:
@@ -252,7 +258,7 @@ def check_attention(
     check_shapes(kernel, k=(k, (N, S, KV, D)), v=(v, k.shape), owners=(owners, (T,)),
                  positions=(positions, (T,)))
 
-# %% ../../nbs/06_simd.ipynb #cf926a6a
+# %% ../../nbs/06_simd.ipynb #261d2b1b
 def decode_simple(
     q: Tensor, # (T, H, D)
     k: Tensor, # (N, S, K, D) keys: N blocks of S slots
@@ -261,8 +267,8 @@ def decode_simple(
     owners: Tensor, # (T,) int32 row of `tables`
     positions: Tensor, # (T,) int32 each token sees its sequence up to here
 ) -> Tensor: # (T, H, D)
-    "Attention through block tables, a simdgroup for each token and head. Raises `BadInput`."
-    E = element(DECODE_SIMPLE, q=q)
+    "Compute attention, a simdgroup for each token and head. Raises `BadInput`."
+    E = metal_type(DECODE_SIMPLE, q=q)
     check_attention(DECODE_SIMPLE, q, k, v, tables, owners, positions)
     (T, H, D), (_, S, K, _), (R, B) = q.shape, k.shape, tables.shape
     out = Tensor.empty(T, H, D, dtype=q.dtype, device=q.device)
@@ -271,12 +277,12 @@ def decode_simple(
         ops=4 * T * H * D * B * S, nbytes=2 * q.nbytes() + 2 * R * B * S * K * D * k.dtype.itemsize,
         V=f'{E}4', H=H, KV=K, S=S, B=B, LANES=D // 4, SCALE=D**-0.5 * log2(e))
 
-# %% ../../nbs/06_simd.ipynb #a2c5fddb
+# %% ../../nbs/06_simd.ipynb #46857cfc
 def simple_attend(
     q: Tensor, # (T, H, D)
     k: Tensor, # (N, S, K, D) keys: N blocks of S slots
     v: Tensor, # (N, S, K, D)
-    batch: PagedBatch, # says whose each query is, and where it stands
+    batch: PagedBatch, # tables, owners and positions of the tokens
 ) -> Tensor: # (T, H, D)
-    "The seam `attend`: any mix of prompts and single tokens, each token for itself."
+    "Compute attention of a step: any mix of prompts and single tokens, each token alone."
     return decode_simple(q, k, v, batch.tables, batch.owners, batch.positions)

@@ -8,7 +8,7 @@ from math import e, log2
 from typing import NamedTuple
 from .metal import Kernel
 from ..kv_cache.paged import PagedBatch
-from .simd import check_attention, element
+from .simd import check_attention, metal_type
 from tinygrad import Tensor, dtypes
 
 # %% auto #0
@@ -155,7 +155,7 @@ def decode_sizes(
     heads = divisors[0 if idle else -1]
     part, rows = min(part or B * S, B * S), 128 // D
     simds = min(MAX_SIMDS if heads <= 4 else MAX_SIMDS // 2, -(-part // 32))
-    T4 = f'{element(DECODE, q=q)}4'
+    T4 = f'{metal_type(DECODE, q=q)}4'
     return dict(T4=T4, O4=T4, SPLIT=0, H=H, KV=KV, D4=D // 4, S=S, B=B,
                 SCALE=D**-0.5 * log2(e), HEADS=heads, SIMDS=simds, LANES=4, ROWS=rows,
                 TILE=min(8, 32 // rows), PART=part, PARTS=-(-B * S // part),

@@ -12,7 +12,7 @@ from ..kv_cache.paged import PagedBatch, PagedKVCache
 from ..quant.pack import (Packed, PackedLlama, concat_rows, embed, linear, pack_dense,
                                  swiglu)
 from ..quant.load import packed_state
-from ..kernels.simd import check_shapes, element
+from ..kernels.simd import check_shapes, metal_type
 from .weights import free_cache
 from tinygrad import Tensor
 
@@ -151,8 +151,8 @@ def rope_write(
     q = Tensor.empty(T, H, D, dtype=qkv.dtype, device=qkv.device)
     return ROPE_WRITE(
         q, k_pool, v_pool, qkv, *table, slots, *weights, grid=(-(-(H + 2 * K) // 4), T),
-        threads=(128,), SIMDS=4, nbytes=moved, T=element(ROPE_WRITE, qkv=qkv),
-        P=element(ROPE_WRITE, k_pool=k_pool), NORM=element(ROPE_WRITE, q_norm=weights[0]),
+        threads=(128,), SIMDS=4, nbytes=moved, T=metal_type(ROPE_WRITE, qkv=qkv),
+        P=metal_type(ROPE_WRITE, k_pool=k_pool), NORM=metal_type(ROPE_WRITE, q_norm=weights[0]),
         TOKENS=T, H=H, KV=K, D=D, NORMED=int(bool(norms)), EPS=norms[0].eps if norms else 0.0)
 
 # %% ../../nbs/10c_fusion.ipynb #16fdfa59
