@@ -159,7 +159,7 @@ class Scheduler:
         return Batch.of(entries, self.blocks.block_size, copies + more, steps)
 
     def num_new_tokens(self, seq: Sequence, budget: int, extra_rows: int = 0) -> int:
-        "Tokens of a sequence that fit into a step; `extra_rows` are taken by scored prompts."
+        "Tokens to compute, at most `budget`; `extra_rows` of the step belong to scored prompts."
         n = min(seq.num_to_compute, budget)
         if not seq.num_to_score: return n
         free_rows = self.max_num_seqs - len(self.running) - extra_rows
