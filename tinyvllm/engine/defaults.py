@@ -38,7 +38,7 @@ from tinygrad import Device, Tensor, dtypes
 __all__ = ['ATTENDS', 'KV_WRITES', 'check_attend', 'best_attend', 'best_cache', 'best_model', 'best_runner', 'best_scheduler',
            'make_engine', 'load_engine']
 
-# %% ../../nbs/10d_defaults.ipynb #6b7f45ef
+# %% ../../nbs/10d_defaults.ipynb #19a778ef
 ATTENDS = {'CPU': cpu_attend, 'METAL': flash_attend, 'CUDA': cuda_attend}
 
 def check_attend(
@@ -51,7 +51,8 @@ def check_attend(
         return Tensor.empty(*shape, dtype=dtype, device=like.device)
     pool = empty(2, 16, c.num_key_value_heads, c.head_dim, dtype=like.dtype)
     for T in (1, 16):
-        batch = PagedBatch(empty(T), empty(T), empty(1), 0, empty(T), empty(1, 1), empty(T), empty(2))
+        batch = PagedBatch(empty(T), empty(T), empty(1), 0, slots=empty(T), tables=empty(1, 1),
+                           owners=empty(T), starts=empty(2))
         attend(empty(T, c.num_attention_heads, c.head_dim, dtype=like.dtype), pool, pool, batch)
 
 def best_attend(
