@@ -25,7 +25,8 @@ import tinyvllm  # noqa: F401  picks the compiler before tinygrad looks
 import numpy as np
 from common import RESULTS, write_row
 from tinygrad import Tensor, dtypes
-from tinyvllm.kernels import linear_cpu as module
+from tinyvllm.kernels import rows_cpu as module
+from tinyvllm.kernels.linear_cpu import cpu_linear, cpu_swiglu
 from tinyvllm.device import compiler_name
 from tinyvllm.measure import machine_name
 from tinyvllm.kernels.metal import Kernel
@@ -40,7 +41,7 @@ MATRICES = {'qkv': (960, 576, 'norm', 30), 'o': (576, 576, 'add', 30), 'gate and
 FORMATS = ['f32', 'f16', 'int8-g32', 'q4_1', 'int4-g32']
 TOKENS = [1, 2, 4, 8, 16, 32, 512]
 TYPES = {'f4': dtypes.float, 'f2': dtypes.half, 'i1': dtypes.int8, 'u1': dtypes.uint8}
-PEAK = Kernel(c=module.VECTORS + '''
+PEAK = Kernel(c=module.VECTORS + module.C_WORDS + '''
 WIDE kernel void peak(device float* y, device const float* x) {
   vec sum[12], a = (vec)x[1], all = (vec)0;
   UNROLLED for (int i = 0; i < 12; i++) sum[i] = (vec)x[0];
@@ -52,7 +53,7 @@ FLAGS = '-shared -x c -O2 -fPIC -ffreestanding -fno-math-errno -nostdlib'.split(
 
 
 def layout(name: str, N: int, K: int) -> list[tuple[tuple[int, ...], str]]:
-    "Shapes and types of a matrix's parts (quant.py)."
+    "Shapes and types of a matrix's parts (quant.formats)."
     f = format_of(name)
     groups = K // (f.group or K)
     if f.scales == 'none':
@@ -84,16 +85,16 @@ def source(T: int, name: str, N: int, K: int, extras: str) -> tuple[str, str]:
             return tensors[0]
     parts = tuple(Tensor.empty(*shape, dtype=TYPES[kind]) for shape, kind in layout(name, N, K))
     w, x, norm = Packed(format_of(name), (N, K), parts), Tensor.empty(T, K), Tensor.empty(K) if 'norm' in extras else None
-    module.composed.cache_clear()
+    module.compose_kernel.cache_clear()
     module.Kernel = Recorded
     try:
         if 'swiglu' in extras:
-            module.cpu_swiglu(x, w, norm=norm, eps=1e-5)
+            cpu_swiglu(x, w, norm=norm, eps=1e-5)
         else:
-            module.cpu_linear(x, w, norm=norm, eps=1e-5, add=Tensor.empty(T, N) if 'add' in extras else None)
+            cpu_linear(x, w, norm=norm, eps=1e-5, add=Tensor.empty(T, N) if 'add' in extras else None)
     finally:
         module.Kernel = Kernel
-        module.composed.cache_clear()
+        module.compose_kernel.cache_clear()
     return seen[0]
 
 

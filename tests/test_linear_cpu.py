@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from support.c_kernels import Guarded, is_compiled, lanes, passes_in_child  # noqa: F401
 from tinygrad import Tensor, TinyJit, dtypes
 
-from tinyvllm.kernels import linear_cpu as module
-from tinyvllm.kernels.linear_cpu import cpu_embed, cpu_linear, cpu_swiglu
+from tinyvllm.kernels import rows_cpu as module
+from tinyvllm.kernels.linear_cpu import cpu_linear, cpu_swiglu
+from tinyvllm.kernels.rows_cpu import cpu_embed
 from tinyvllm.measure import counting
 from tinyvllm.kernels.metal import Kernel
 
@@ -214,11 +215,11 @@ def texts(kernel, launch, monkeypatch):
         def __call__(self, *tensors, grid=(1,), threads=(1,), ops=0, nbytes=None, **constants):
             seen.append((Kernel(c=self.c), constants))
             return tensors[0]
-    module.composed.cache_clear()
+    module.compose_kernel.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(module, 'Kernel', Recorded)
         launch()
-    module.composed.cache_clear()
+    module.compose_kernel.cache_clear()
     return seen[0]
 
 
