@@ -203,7 +203,7 @@ class Constraints:
                 output = output_ids(seq)
             else:
                 output = seq.output_token_ids + [-1] * seq.in_flight
-            return LogitsProcessor.collect(seq.logits_processors, output)
+            return seq.logits_processors.collect(output)
         except Exception as error:
             return error
 

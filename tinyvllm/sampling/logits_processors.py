@@ -147,7 +147,7 @@ def encode_bad_words(
 class LogitsProcessorPlugin:
     "Base of plugins. A plugin has no state: arguments, prompt and output decide what it does."
     name = '' # under which requests use it
-    argmax_invariant = False # True: the likeliest token stays the likeliest; greedy requests skip it
+    argmax_invariant = False # True: it keeps the likeliest token; greedy requests skip it
 
     def check_args(self, args: dict) -> None:
         "Raise `BadInput` for arguments that make no sense."

@@ -47,7 +47,8 @@ def build_token_tree(
 ): # -> llguidance.LLTokenizer
     "Build llguidance's tree of a vocabulary, some 0.3 s of work. Raises `BadInput`."
     if not tokenizer.eos_ids: raise BadInput(
-        'this model has no end token, so no grammar can end its answer', param='structured_outputs')
+        'this model has no end token, so no grammar can end its answer',
+        param='structured_outputs')
     from llguidance import LLTokenizer, TokenizerWrapper
     wrapper = TokenizerWrapper(ByteVocabulary(tokenizer, vocab_size))
     return LLTokenizer(wrapper, eos_token=[i for i in tokenizer.eos_ids if i < vocab_size])
@@ -55,7 +56,7 @@ def build_token_tree(
 # %% ../../nbs/09a_structured_output.ipynb #60047218
 MAX_TEXT, MAX_DEPTH = 2**16, 64 # bytes of a grammar, levels of a JSON schema
 TRIAL_SECONDS = 2 # processor time for compiling a new grammar
-WHITESPACE = r'[ \n]{0,24}' # between the parts of JSON: enough to indent, too little to waste tokens
+WHITESPACE = r'[ \n]{0,24}' # between the parts of JSON: enough to indent, no more
 
 def measure_depth(
     value: object, # what `json.loads` returns
@@ -159,7 +160,8 @@ def convert_grammar(
 def _convert_text(kind: str, text: str) -> str:
     grammar, wrong = run_trial(kind, text)
     if not wrong: return grammar
-    raise BadInput(f'structured_outputs.{kind}: {shorten_message(wrong)}', param='structured_outputs')
+    why = shorten_message(wrong)
+    raise BadInput(f'structured_outputs.{kind}: {why}', param='structured_outputs')
 
 # %% ../../nbs/09a_structured_output.ipynb #260d86b5
 def estimate_bytes(grammar: str) -> int:
@@ -203,9 +205,14 @@ class GrammarCache:
         compiled = compile_matcher(self.tree, grammar, self.num_words)
         with self.lock:
             self.matchers[grammar] = compiled
-            while len(self.matchers) > 1 and sum(map(estimate_bytes, self.matchers)) > self.capacity:
+            while len(self.matchers) > 1 and self.num_bytes > self.capacity:
                 self.matchers.popitem(last=False)
         return compiled.deep_copy()
+
+    @property
+    def num_bytes(self) -> int:
+        "Estimated bytes of all compiled grammars."
+        return sum(map(estimate_bytes, self.matchers))
 
 _cache_lock = Lock()
 
