@@ -11,7 +11,7 @@ from ..core.sequence import Sequence, SequenceStatus
 # %% auto #0
 __all__ = ['EngineCore']
 
-# %% ../../nbs/04a_engine.ipynb #a66720e3
+# %% ../../nbs/04a_engine.ipynb #375d1234
 class EngineCore:
     "Sequences in, tokens out: schedules, runs and updates, one step at a time."
     def __init__(self,

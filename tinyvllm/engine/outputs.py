@@ -147,7 +147,7 @@ def answer_params(
     if params.seed is None: return params
     return replace(params, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
 
-# %% ../../nbs/04c_outputs.ipynb #b3777e00
+# %% ../../nbs/04c_outputs.ipynb #3f735797
 class Request:
     "A prompt, the sequences that answer it, and the output that they grow."
     def __init__(self,
@@ -179,8 +179,8 @@ class Request:
         if answer.finish_reason: return None
         stop_string = self.states[index].update(change)
         num_tokens = len(answer.token_ids) - before
-        if index == 0:
-            out.metrics.lap(num_tokens)
+        for _ in range(0 if index else num_tokens):
+            out.metrics.lap()
         out.error = out.error or change.error
         out.finished = all(o.finish_reason for o in out.outputs)
         if index == 0 and out.prompt_logprobs is None:
