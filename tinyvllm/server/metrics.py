@@ -39,7 +39,7 @@ class Histogram:
         return list(zip([*map(str, self.bounds), '+Inf'], accumulate(self.counts[:])))
 
     def quantile(self, share: float) -> float | None:
-        "The value that this share does not exceed, interpolated in its bucket; None without values."
+        "The value that this share does not exceed, interpolated; None without values."
         total, low = [0, *accumulate(self.counts[:])], 0.0
         wanted = share * total[-1]
         if not wanted: return None
