@@ -24,7 +24,7 @@ from tinygrad.uop.ops import KernelInfo, Ops, ProgramInfo
 # %% auto #0
 __all__ = ['METAL_PRELUDE', 'C_PRELUDE', 'FOLLOW', 'CUDA_PRELUDE', 'PTX', 'DEVICES', 'format_defines', 'parse_signature',
            'call_kernel', 'parse_element_type', 'check_sizes', 'check_tensors', 'check_compiles',
-           'format_cuda_argument', 'translate_to_cuda', 'Kernel']
+           'format_cuda_argument', 'strip_address_spaces', 'translate_to_cuda', 'Kernel']
 
 # %% ../../nbs/05_metal.ipynb #0814e71c
 METAL_PRELUDE = """\
@@ -205,7 +205,7 @@ def format_cuda_argument(
     axes = 'xyz'[:int(p.type[-1]) if p.type[-1].isdigit() else 1]
     return f'{p.type}(' + ', '.join(_CUDA_BUILTINS[p.builtin].format(i=i) for i in axes) + ')'
 
-# %% ../../nbs/05_metal.ipynb #ecb51b7f
+# %% ../../nbs/05_metal.ipynb #db675bed
 FOLLOW = r"""
 // a kernel may start while the one before it ends; here it waits for what that one writes
 static __device__ __forceinline__ void follow() {
@@ -218,26 +218,29 @@ _HEADERS = files('tinyvllm.kernels')
 CUDA_PRELUDE = (_HEADERS / 'msl_cuda.h').read_text() + FOLLOW   # of a translated text
 PTX = (_HEADERS / 'ptx.h').read_text() + FOLLOW                 # of a text written in CUDA
 
+def strip_address_spaces(text: str) -> str:
+    "Remove the words by which Metal says where a pointer's memory is; CUDA has none."
+    return re.sub(r'\b(device|constant|threadgroup|thread)\b(?!_)', '', text)
+
 def translate_to_cuda(
     source: str, # Metal
     kernel: Signature, # its name and parameters
     threads: int, # in a threadgroup
 ) -> str: # CUDA C++, to stand behind `msl_cuda.h`
     "Translate a kernel: a threadgroup becomes a block, a simdgroup a warp."
-    def spaceless(text):
-        return re.sub(r'\b(device|constant|threadgroup|thread)\b(?!_)', '', text)
-    buffers = ', '.join(f'{spaceless(p.type)} {p.name}' for p in kernel.slots.values())
+    buffers = ', '.join(f'{strip_address_spaces(p.type)} {p.name}' for p in kernel.slots.values())
     arguments = ', '.join(map(format_cuda_argument, kernel.parameters))
     start = '' if 'follow();' in source else 'follow(); '
     bounds = f'__launch_bounds__({threads}, RESIDENT)'    # the second: blocks to a processor
-    return (f'namespace metal {{\n#line 1 "{kernel.name}"\n{spaceless(rewritten(source))}\n}}\n'
+    body = strip_address_spaces(rewritten(source))
+    return (f'namespace metal {{\n#line 1 "{kernel.name}"\n{body}\n}}\n'
             f'extern "C" __global__ void {bounds} {kernel.name}({buffers}) '
             f'{{ {start}metal::{kernel.name}({arguments}); }}\n')
 
 # %% ../../nbs/05_metal.ipynb #0bcc4cda
 DEVICES = 'CPU', 'METAL', 'CUDA'    # for which kernels are written
 
-# %% ../../nbs/05_metal.ipynb #71923e1b
+# %% ../../nbs/05_metal.ipynb #080987ed
 @dataclass(frozen=True)
 class Kernel:
     """A kernel to call on tensors; as everything in tinygrad it runs when its result is read.
@@ -271,6 +274,8 @@ class Kernel:
         if device == 'CUDA' and not self.cuda:
             head = format_defines(dict(RESIDENT=0) | constants)
             return CUDA_PRELUDE + head + self.translation(threads)
+        if device == 'CUDA':
+            text = strip_address_spaces(text)    # of functions that Metal reads, too
         prelude = dict(METAL=METAL_PRELUDE, CPU=C_PRELUDE).get(device, '')
         return f'{prelude}{head}#line 1 "{name}"\n{text}'
 

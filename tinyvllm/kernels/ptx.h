@@ -1,10 +1,8 @@
 // CUDA's tensor cores and asynchronous copies: a function for each instruction of PTX that we use.
 //
 // A lane of a warp holds two neighbours of an 8 x 8 matrix in one register: lane 4 g + c holds, of
-// row g, the columns 2 c and 2 c + 1. A `half` is its 16 bits. `device` is a word of Metal's: some
-// functions are read by both languages.
+// row g, the columns 2 c and 2 c + 1. A `half` is its 16 bits.
 #define inlined static __device__ __forceinline__
-#define device
 typedef unsigned int uint;
 typedef unsigned short half;
 inlined uint address(const half* p) { return (uint)__cvta_generic_to_shared(p); }
