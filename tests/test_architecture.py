@@ -79,8 +79,11 @@ def _copied(path, folder):
 
 def bases(name):
     "The bases of a class that the package defines, and whether a library's class is among the others."
-    own = [base.id for base in CLASSES[name][1].bases if isinstance(base, ast.Name) and base.id in CLASSES]
-    return own, len(own) < len(CLASSES[name][1].bases)
+    module, node = CLASSES[name]
+    foreign = {alias.asname or alias.name for i in ast.walk(TREES[module]) if isinstance(i, ast.ImportFrom)
+               and not i.level and not i.module.startswith('tinyvllm') for alias in i.names}
+    own = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in CLASSES and base.id not in foreign]
+    return own, len(own) < len(node.bases)
 
 
 def depth(name):

@@ -50,10 +50,10 @@ def imports(lazy=False):
 
 
 def top_level(tree):
-    "Statements that run when a module is loaded, those below `if` and `try` included."
+    "Statements that run when a module is loaded, those below `if` and `try` included, type checkers' aside."
     for node in tree.body:
         yield node
-        if isinstance(node, (ast.If, ast.Try)):
+        if isinstance(node, (ast.If, ast.Try)) and 'TYPE_CHECKING' not in ast.unparse(node):
             yield from top_level(node)
 
 
