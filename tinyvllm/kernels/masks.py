@@ -81,10 +81,10 @@ def apply_constraints(
         nbytes=8 * R * V, V=V, ROWS=R, WORDS=-(-V // 32), STEPS=steps,
         IDS=x['step_to_slot'].shape[0], TILE=TILE)
 
-# %% ../../nbs/09b_masks.ipynb #8fe25e58
+# %% ../../nbs/09b_masks.ipynb #c74ec2ad
 def apply_plugins(
     logits: Tensor, # (R, V) float32
-    x: dict[str, Tensor], # `plugin NAME` (R, 1 + numbers) float32; the first says whether it is used
+    x: dict[str, Tensor], # `plugin NAME` (R, 1 + numbers) float32; the first: is it used?
     names: Sequence[str], # of plugins
 ) -> Tensor: # (R, V) float32
     "Apply plugins to the rows that use them; other rows stay as they are."
@@ -107,7 +107,7 @@ def dry_run(
     except Exception as error:
         return error
 
-# %% ../../nbs/09b_masks.ipynb #4fc40348
+# %% ../../nbs/09b_masks.ipynb #bbe7ac6b
 @dataclass(frozen=True)
 class ConstraintPlan:
     "What holds for the next token of each entry of a batch; made once, then only read."
@@ -118,7 +118,8 @@ class ConstraintPlan:
     def needs(self) -> tuple: # (edits, padded; ((plugin, numbers), ...)) or ()
         "What a graph must have for this step; hashable. Empty: nothing."
         given = [c for c in self.constraints if c is not None]
-        num_edits, has_mask = sum(len(c.edits) for c in given), any(c.mask is not None for c in given)
+        has_mask = any(c.mask is not None for c in given)
+        num_edits = sum(len(c.edits) for c in given)
         plugins = {(name, len(row)) for c in given for name, row in c.plugin_numbers.items()}
         if not (num_edits or has_mask or plugins): return ()
         return pad_edits(num_edits) if num_edits or has_mask else 0, tuple(sorted(plugins))
@@ -130,7 +131,7 @@ def pad_edits(num_edits: int) -> int:
         padded *= 4
     return padded
 
-# %% ../../nbs/09b_masks.ipynb #9a9fb2dd
+# %% ../../nbs/09b_masks.ipynb #374adb4f
 class GraphConstraints:
     "The constraints that one captured graph applies: parts of its staging buffers, and kernels."
     def __init__(self, needs: tuple, rows: int, steps: int, vocab_size: int):
@@ -140,8 +141,9 @@ class GraphConstraints:
         self.parts = {} # name -> (shape, dtype), copied to the device in each step
         self.shared_parts = {} # name -> shape, int32 that kernels read in the host's memory
         if num_edits:
-            self.parts |= dict(masked=((rows,), dtypes.int32), edges=((rows + 1,), dtypes.int32),
-                               edited=((num_edits,), dtypes.int32), adds=((num_edits,), dtypes.float))
+            ints = dict(masked=(rows,), edges=(rows + 1,), edited=(num_edits,))
+            self.parts |= {name: (shape, dtypes.int32) for name, shape in ints.items()}
+            self.parts['adds'] = (num_edits,), dtypes.float
             self.shared_parts['masks'] = (rows, -(-vocab_size // 32))
         for name, size in plugins:
             self.parts[f'plugin {name}'] = ((rows, 1 + size), dtypes.float)
