@@ -131,6 +131,23 @@ def test_broken_logits_end_one_request(plain):
     assert not good.error and same_greedy(plain, [1, 2], good.outputs[0].token_ids)
 
 
+def test_log_probabilities_of_a_prompt_are_those_of_the_eager_engine(plain, engine):
+    "Rows with forced tokens, in chunks, beside a sequence that decodes and one with penalties."
+    prompts = [[5, 6, 7, 8, 9, 10, 11] * 6, [1, 2], [3, 4, 5]]
+    params = [SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=3), SamplingParams(seed=2, max_tokens=9, logprobs=2),
+              SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0, repetition_penalty=1.3)]
+    want, slow = answers(eager(plain), prompts, params)
+    got, fast = answers(engine, prompts, params)
+    assert got == want
+    for a, b, prompt in zip(slow, fast, prompts):
+        assert (a.prompt_logprobs is None) == (b.prompt_logprobs is None)
+        for i, (x, y) in enumerate(zip(a.prompt_logprobs or (), b.prompt_logprobs or (), strict=True)):
+            assert (x is None) == (y is None) == (i == 0)
+            if i:
+                assert x.keys() == y.keys() and prompt[i] in y
+                assert all(abs(x[token].logprob - y[token].logprob) < 1e-4 for token in x)
+
+
 # --- tokens that arrive late --------------------------------------------------------------------------
 
 class Late:
