@@ -24,7 +24,7 @@ __all__ = ['METAL_ROPE', 'C_ROPE', 'ROPE_WRITE', 'concat_weights', 'rope_qkv', '
 def concat_weights(
     linears: list[Linear], # with packed weights; they multiply the same input
 ) -> list[tuple[Packed, Tensor | None]]: # one matrix with its bias; all where formats differ
-    "Matrices below each other, so that one kernel reads the input once."
+    "Put matrices below each other, so that one kernel reads the input once."
     biases = [f.bias for f in linears]
     known = [b for b in biases if b is not None]
     one = concat_rows([f.weight for f in linears]) if len(known) in (0, len(biases)) else None
@@ -39,10 +39,11 @@ def rope_qkv(
     table: tuple[Tensor, Tensor], # cosines and sines, (T, 1, D/2) float32
     norms: tuple[RMSNorm, RMSNorm] | None = None, # of each query's and of each key's head
 ) -> tuple[Tensor, Tensor, Tensor]: # (T, H, D) queries, (T, K, D) keys, (T, K, D) values
-    "The same in portable operations, for any cache to write: the oracle."
+    "Split QKV and turn queries and keys by RoPE, in portable operations: the oracle."
     x = qkv.reshape(qkv.shape[0], -1, head_dim)
     q, k, v = x.split([x.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    if norms: q, k = (norm(y.float()) for norm, y in zip(norms, (q, k)))
+    if norms:
+        q, k = (norm(y.float()) for norm, y in zip(norms, (q, k)))
     return *(apply_rope(y, table).cast(qkv.dtype) for y in (q, k)), v
 
 # %% ../../nbs/10c_fusion.ipynb #391c6d1f
@@ -51,7 +52,7 @@ def fused_linear(
     x: Tensor, # (T, E) not yet normalised
     norm: RMSNorm, # folded into the products
 ) -> Tensor: # (T, all rows)
-    "What the matrices make of one input: a kernel for each, and one more to join them."
+    "Multiply one normalised input with all matrices: a kernel for each, one more to join them."
     outs = [linear(x, w, norm.weight, norm.eps, bias) for w, bias in matrices]
     return outs[0] if len(outs) == 1 else outs[0].cat(*outs[1:], dim=1)
 
@@ -157,11 +158,12 @@ def rope_write(
 
 # %% ../../nbs/10c_fusion.ipynb #16fdfa59
 class FusedKVCache(PagedKVCache):
-    "Takes what the projections gave, and writes keys and values on the way."
+    "A paged cache whose write also turns queries and keys to their positions."
     def rotate(self, layer: int, qkv: Tensor, table, batch: PagedBatch, norms) -> tuple:
-        "Queries (T, H, D), and the pools (blocks, slots, K, D) with the new keys and values."
+        "Return queries (T, H, D), and the pools (blocks, slots, K, D) after the write."
         K, D = self.k[layer].shape[1:]
-        try: q, *pools = rope_write(qkv, self.k[layer], self.v[layer], table, batch.slots, norms)
+        try:
+            q, *pools = rope_write(qkv, self.k[layer], self.v[layer], table, batch.slots, norms)
         except BadInput as refused:
             warnings.warn(f'{refused}: portable kernels turn and write')
             q, *new = rope_qkv(qkv, K, D, table, norms)
@@ -181,20 +183,21 @@ class FusedLayer:
         self.norms = norms if isinstance(norms[0], RMSNorm) else None
 
     def __call__(self, x: Tensor, table, batch: PagedBatch, cache, attend) -> Tensor:  # (T, E)
-        q, k, v = self.heads(fused_linear(self.qkv, x, self.norm1), table, batch, cache)
+        "Add attention and the MLP to the residual stream."
+        q, k, v = self.rotate_and_write(fused_linear(self.qkv, x, self.norm1), table, batch, cache)
         mixed = attend(q, k, v, batch).reshape(len(x), -1)
         x = linear(mixed, self.o.weight, bias=self.o.bias, add=x)
-        return linear(self.feed(x), self.down.weight, bias=self.down.bias, add=x)
+        return linear(self.gate_and_up(x), self.down.weight, bias=self.down.bias, add=x)
 
-    def heads(self, qkv: Tensor, table, batch: PagedBatch, cache) -> tuple:
-        "Queries, and all keys and values: in one kernel, if the cache knows how."
+    def rotate_and_write(self, qkv: Tensor, table, batch: PagedBatch, cache) -> tuple:
+        "Queries (T, H, D), and all keys and values: in one kernel, if the cache has `rotate`."
         if isinstance(cache, FusedKVCache):
             return cache.rotate(self.index, qkv, table, batch, self.norms)
         q, *new = rope_qkv(qkv, *self.sizes, table, self.norms)
         return q, *cache.write(self.index, *new, batch)
 
-    def feed(self, x: Tensor) -> Tensor:  # (T, F)
-        "Gate and up projection, and their product."
+    def gate_and_up(self, x: Tensor) -> Tensor:  # (T, F)
+        "`silu(gate) * up` of the normalised tokens."
         (w, bias), *more = self.gate_up
         if not more and bias is None: return swiglu(x, w, self.norm2.weight, self.norm2.eps)
         gate, up = fused_linear(self.gate_up, x, self.norm2).chunk(2, dim=1)
@@ -220,27 +223,31 @@ class FusedLlama(Llama):
     ) -> Tensor: # (R, V) float32 scores of the next token
         "One forward pass."
         x, table = self.embedding[batch.tokens], rope_table(self.freqs, batch.positions)
-        for layer in self.layers: x = layer(x, table, batch, cache, attend)
-        x = embed(pack_dense(x), batch.rows, x.dtype)    # the rows that speak, in one kernel
+        for layer in self.layers:
+            x = layer(x, table, batch, cache, attend)
+        x = embed(pack_dense(x), batch.rows, x.dtype)    # the rows that are sampled, in one kernel
         return linear(x, self.head.weight, self.norm.weight, self.norm.eps).float()
 
 # %% ../../nbs/10c_fusion.ipynb #7397f3df
 def state_of(
     model: Llama, # dense
 ) -> dict[str, Tensor]: # under Hugging Face's names
-    "The arrays that a model was made of."
+    "Collect the arrays that a model was made of."
     state = {'model.embed_tokens.weight': model.embedding, 'model.norm.weight': model.norm.weight}
-    if model.head.weight is not model.embedding: state['lm_head.weight'] = model.head.weight
+    if model.head.weight is not model.embedding:
+        state['lm_head.weight'] = model.head.weight
     for i, layer in enumerate(model.layers):
         place = f'model.layers.{i}'
         state[f'{place}.input_layernorm.weight'] = layer.norm1.weight
         state[f'{place}.post_attention_layernorm.weight'] = layer.norm2.weight
         for part, kind in ((layer.attention, 'self_attn'), (layer.mlp, 'mlp')):
             for name, op in vars(part).items():
-                if isinstance(op, RMSNorm): state[f'{place}.{kind}.{name}.weight'] = op.weight
+                if isinstance(op, RMSNorm):
+                    state[f'{place}.{kind}.{name}.weight'] = op.weight
                 if not isinstance(op, Linear): continue
                 state[f'{place}.{kind}.{name}_proj.weight'] = op.weight
-                if op.bias is not None: state[f'{place}.{kind}.{name}_proj.bias'] = op.bias
+                if op.bias is not None:
+                    state[f'{place}.{kind}.{name}_proj.bias'] = op.bias
     return state
 
 # %% ../../nbs/10c_fusion.ipynb #56be3701
@@ -248,7 +255,7 @@ def fused(
     model: Llama, # dense; it stays as it is
     quantization: str | None = None, # such as int8 or int4-g32; None: the numbers it has
 ) -> FusedLlama: # for an engine
-    "A model with packed matrices and few kernels. Raises `BadInput`."
+    "Build the model with packed matrices and few kernels. Raises `BadInput`."
     if isinstance(model.embedding, Packed):
         raise BadInput('this model is packed already; make it from the dense one, or load it with '
                        'the quantisation that you want')
