@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from support.engines import model, greedy, is_greedy, all_free  # noqa: F401
-from tinyvllm.engine.llm import LLM
+from tinyvllm.engine.llm import LLM, LLMEngine
 from tinyvllm.engine.async_llm import AsyncLLM
 from tinyvllm.errors import BadInput
 
@@ -142,10 +142,10 @@ def test_a_reader_that_leaves_is_counted_once(model):
         def record_finish(self, request): self.events.append([o.finish_reason for o in request.output.outputs])
 
     llm = LLM(model, num_blocks=64)
-    llm.engine.stats = counts = Counts()
+    counts = Counts()
 
     async def main():
-        engine = AsyncLLM(llm.engine)
+        engine = AsyncLLM(LLMEngine(llm.engine.core, model.config, stats=counts))
         stream = await engine.submit([1, 2, 3], greedy(900))
         await anext(stream)
         stream.close(); stream.close()

@@ -21,3 +21,10 @@ def test_sizes_that_cannot_be(model, sizes, names):
 def test_a_cache_without_blocks_wants_a_scheduler(model):
     with pytest.raises(BadInput, match='KVCache'):
         LLM(model, cache=KVCache(model, 16), attend=dense_attend)
+
+
+def test_an_engine_is_taken_as_it_is(model):
+    engine = LLM(model, num_blocks=16).engine
+    assert LLM(engine).engine is engine
+    with pytest.raises(BadInput, match='engine is complete'):
+        LLM(engine, num_blocks=32)

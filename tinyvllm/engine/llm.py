@@ -171,6 +171,8 @@ class LLM:
         if not isinstance(model, LLMEngine):
             from tinyvllm.engine.defaults import load_engine
             model = load_engine(model, *args, **options)
+        elif args or options:
+            raise BadInput('this engine is complete; give its parts and sizes where it is built')
         self.engine, self.request_ids = model, count()
 
     def add_request(self, prompt: str | list[int], params: SamplingParams) -> RequestOutput:
