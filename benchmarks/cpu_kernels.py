@@ -54,27 +54,27 @@ def busy() -> float:
     return sum(times) - times.idle - getattr(times, 'iowait', 0) - getattr(times, 'guest', 0)
 
 
-def run(way) -> tuple[float, bool]:
-    "Seconds of one run, and whether the machine was ours meanwhile."
+def run(contestant) -> tuple[float, bool]:
+    "Return seconds of one run, and whether no other process worked meanwhile."
     start, others = time.perf_counter(), busy() - time.process_time()
-    way()
+    contestant()
     seconds = time.perf_counter() - start
     return seconds, busy() - time.process_time() - others < 0.1 * seconds + 0.02
 
 
-def best(ways: dict, wanted: int = 5, patience: float = 40) -> tuple[dict, bool]:
-    "Seconds of the fastest run of each way, taken in turn, and whether three or more of each were undisturbed."
-    runs, clean = {name: [] for name in ways}, {name: [] for name in ways}
-    for way in ways.values():
+def best(contestants: dict, wanted: int = 5, patience: float = 40) -> tuple[dict, bool]:
+    "Seconds of the fastest run of each contestant, taken in turn, and whether three or more of each were undisturbed."
+    runs, clean = {name: [] for name in contestants}, {name: [] for name in contestants}
+    for way in contestants.values():
         way(), way()                      # compiled, then captured
     start = time.perf_counter()
     while min(map(len, clean.values())) < wanted and time.perf_counter() - start < patience:
-        for name, way in ways.items():
+        for name, way in contestants.items():
             seconds, quiet = run(way)
             runs[name].append(seconds)
             clean[name] += [seconds] * quiet
-    enough = {name: len(clean[name]) >= 3 for name in ways}
-    return {name: min(clean[name] if enough[name] else runs[name]) for name in ways}, all(enough.values())
+    enough = {name: len(clean[name]) >= 3 for name in contestants}
+    return {name: min(clean[name] if enough[name] else runs[name]) for name in contestants}, all(enough.values())
 
 
 def jitted(fn, copies):
@@ -173,11 +173,11 @@ def engine_rows(tokens: int = 1000, steps: int = 9):
 
 
 def end_to_end(about: dict) -> None:
-    said = []
+    outputs = []
     for rung, shape, seconds, ids in engine_rows():
-        said.append(ids)
+        outputs.append(ids)
         row = dict(kernel='SmolLM2', rung=rung, shape=shape, dtype='float32', us=round(seconds * 1e6),
-                   greedy_equal=ids == said[0], **about)
+                   greedy_equal=ids == outputs[0], **about)
         print(rung, shape, f'{seconds:.3f} s', row['greedy_equal'], flush=True)
         write_row(OUT, row)
 
@@ -194,11 +194,11 @@ def main(names) -> None:
             end_to_end(about)
             continue
         for kind, dtype in TYPES.items():
-            for shape, nbytes, ops, ways in CASES[name](dtype):
-                seconds, quiet = best({rung: way for rung, (_, way) in ways.items()} | {'read': memory.max})
+            for shape, nbytes, ops, contestants in CASES[name](dtype):
+                seconds, quiet = best({rung: way for rung, (_, way) in contestants.items()} | {'read': memory.max})
                 read = memory.nbytes / seconds.pop('read') / 1e9
                 for rung, s in seconds.items():
-                    s /= ways[rung][0]
+                    s /= contestants[rung][0]
                     row = dict(kernel=name, rung=rung, shape=shape, dtype=kind, us=round(s * 1e6, 1),
                                gbps=round(nbytes / s / 1e9, 2), share=round(nbytes / s / 1e9 / read, 3),
                                gflops=round(ops / s / 1e9, 1), read_gbps=round(read, 2), ghz=ghz, quiet=quiet, **about)

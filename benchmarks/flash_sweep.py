@@ -35,12 +35,12 @@ TILED = [dict(SIMDS=s, ROWS=r) for s, r in ((4, 8), (8, 8), (4, 4), (8, 4), (4, 
 
 
 def fits(D: int, KEYS: int, STAGES: int, **_) -> bool:
-    "Into the 48 KB that a kernel may declare?"
+    "Do the tiles fit into the 48 KB that a kernel may declare?"
     return STAGES * 2 * KEYS * (D + 8) * 2 <= 49152
 
 
 def name(variant: dict) -> str:
-    "Short, for a column."
+    "Return a short name of a variant, for a column."
     return ' '.join(f'{k.lower()}={v}' for k, v in variant.items())
 
 
@@ -141,7 +141,7 @@ def sweep(quick: bool) -> list[dict]:    # rows, those of the matrix units
 
 
 def extra_memory(T: int, D: int) -> int:
-    "Most bytes that one call holds at a time, beside its arguments and its answer."
+    "Most bytes that one call holds at a time, beside its arguments and its result."
     arguments, allocator, now, most = load(T, D), Device[Device.DEFAULT].allocator, 0, 0
     flash(*arguments).realize()      # the sizes of the step are on the device now
     alloc, free = allocator.alloc, allocator.free

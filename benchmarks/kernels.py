@@ -52,7 +52,7 @@ HEADS = [(32, 8), (32, 4)]
 
 @dataclass(frozen=True)
 class Sizes:
-    "What is measured."
+    "The shapes that are measured."
     matrices: tuple     # (N, K)
     steps: tuple        # (sequences, context, query heads, KV heads, head dim), the most wanted first
     prompts: tuple      # (tokens, query heads, KV heads, head dim)
@@ -97,7 +97,7 @@ class Chain:
         self.kernels = kernels / launches
 
     def seconds(self, replays: int) -> float:
-        "Of one launch."
+        "Seconds of one launch."
         device = Device[Device.DEFAULT]
         device.synchronize()
         if Device.DEFAULT.startswith('CUDA'):
@@ -110,7 +110,7 @@ class Chain:
         return (time.perf_counter() - start) / replays / self.launches
 
     def free(self) -> None:
-        "Give back what the recording holds."
+        "Free the memory that the recording holds."
         self.jit.captured.free_intermediates()
 
 
@@ -143,7 +143,7 @@ class TorchChain:
             self.replay = self.graph.replay
 
     def seconds(self, replays: int) -> float:
-        "Of one launch."
+        "Seconds of one launch."
         if not self.timed:
             start = time.perf_counter()
             for _ in range(replays): self.replay()
@@ -161,7 +161,7 @@ class TorchChain:
 
 
 def torch_device() -> str:
-    "Where PyTorch runs beside the default device; raises `RuntimeError` where it cannot."
+    "Return PyTorch's name for the default device; raises `RuntimeError` if there is none."
     kind = {'CUDA': 'cuda', 'CPU': 'cpu'}.get(Device.DEFAULT.split(':')[0])
     if torch is None or not kind or kind == 'cuda' and not torch.cuda.is_available():
         raise RuntimeError(f'no PyTorch for {Device.DEFAULT}')
@@ -169,17 +169,17 @@ def torch_device() -> str:
 
 
 def random(*shape: int):
-    "PyTorch's random numbers, where it runs."
+    "Draw normal numbers with PyTorch, on its device."
     return torch.randn(*shape, dtype=torch.float16, device=torch_device())
 
 
 def reason(error: Exception) -> str:
-    "The last line of its message."
+    "Return the last line of an error's message."
     return (str(error).strip() or type(error).__name__).splitlines()[-1][:120]
 
 
 def built(contestants: dict[str, Callable]) -> dict[str, Chain | TorchChain]:
-    "Record the chains. Who cannot, or who answers otherwise than the first, is left out with the reason."
+    "Record the chains. One that fails, or whose result differs from the first, is left out with the reason."
     chains, leader = {}, None
     for name, build in contestants.items():
         try:
@@ -188,7 +188,7 @@ def built(contestants: dict[str, Callable]) -> dict[str, Chain | TorchChain]:
             if chain.answer is not None:
                 leader = chain.answer if leader is None else leader
                 error = np.abs(chain.answer - leader).max() / np.abs(leader).max()
-                if not error < 1e-2: raise ArithmeticError(f'its answer is off by {error:.2g}')
+                if not error < 1e-2: raise ArithmeticError(f'its result is off by {error:.2g}')
             chains[name] = chain
         except Exception as error:    # of compilers, drivers, memory: the others still run
             print(f'    {name}: skipped: {reason(error)}', flush=True)
@@ -255,7 +255,7 @@ def products(sizes: Sizes, N: int, K: int) -> dict[str, Callable]:
 
 
 def paged(sets: int, seqs: int, context: int, K: int, D: int) -> tuple:
-    "Pools, and tables whose blocks lie anywhere in them; block 0 is nobody's."
+    "Make pools, and tables whose blocks lie anywhere in them; block 0 is in no table."
     blocks = ceil(context / BLOCK)
     total = ceil((sets * seqs * blocks + 1) / 256) * 256
     order = 1 + np.random.default_rng(0).permutation(total - 1)[:sets * seqs * blocks].astype(np.int32)
@@ -304,10 +304,10 @@ def prompts(sizes: Sizes, T: int, H: int, K: int, D: int) -> dict[str, Callable]
     k, v, tables = paged(1, 1, T, K, D)
     owners, positions, starts = ints(np.zeros(T), np.arange(T), [0, T])
     first, launches = make_large_tensor((T, H, D), 'float16'), max(4, min(32, 2**16 // T))
-    places = tables[0], owners, positions, starts
+    step_tensors = tables[0], owners, positions, starts
 
     def ours(rung):
-        return lambda: Chain(lambda i, q: flash.flash(q, k, v, *places, rung=rung), first, launches)
+        return lambda: Chain(lambda i, q: flash.flash(q, k, v, *step_tensors, rung=rung), first, launches)
 
     def theirs():
         ks, vs = random(1, K, T, D), random(1, K, T, D)

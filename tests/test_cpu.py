@@ -1,4 +1,4 @@
-"The processor's kernels against float64 numpy, between guards, and broken in ten ways each."
+"The processor's kernels against float64 numpy, between guard regions, and broken in ten ways each."
 import json
 import os
 import re
@@ -164,7 +164,7 @@ def test_scores_may_be_all_alike_or_far_apart(scale):
 
 
 @every_width
-def test_a_row_sees_nothing_of_later_tokens_that_are_broken():
+def test_a_row_does_not_depend_on_later_tokens():
     "Queries of one token share a pass with later ones only within four rows: a NaN stays behind."
     rng = np.random.default_rng(2)
     q, k, v, tables, owners, positions = step(rng, 'float', 64, 4, 2, 16)
@@ -178,7 +178,7 @@ def test_a_row_sees_nothing_of_later_tokens_that_are_broken():
     assert close(got[:20], want[:20], 'float') and np.isnan(got[20:]).all()
 
 
-# between guards, whole and broken
+# between guard regions, whole and broken
 
 def guarded_cases(name, monkeypatch):
     "Cases of a kernel for `Guarded`: (constants, arrays in the signature's order, expected outputs, type)."
@@ -296,7 +296,7 @@ def test_wrong_tensors_are_refused_by_name():
         return Tensor.ones(*shape, dtype=dtype, device='CPU').contiguous().realize()
     q, k, tables, one = ones(2, 6, 32), ones(3, 16, 2, 32), ones(1, 2, dtype=dtypes.int), ones(2, dtype=dtypes.int)
     pool, row, slots = ones(8, 2, 4), ones(3, 2, 4), ones(3, dtype=dtypes.int)
-    for call, said in {
+    for call, message in {
         lambda: matvec(ones(4, 8), ones(9)): "matvec: 'x' has shape",
         lambda: matvec(ones(4), ones(4)): "matvec: 'w' has shape",
         lambda: matmul(ones(4, 8), ones(8)): "matmul: 'x' has shape",
@@ -315,7 +315,7 @@ def test_wrong_tensors_are_refused_by_name():
         lambda: attend(q, k, k, tables, one[:1], one): "'owners' has shape",
         lambda: attend(q, k, k, tables, one, one.reshape(1, 2)): "'positions' has shape",
     }.items():
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(BadInput, match=message):
             call()
 
 
@@ -353,7 +353,7 @@ print(json.dumps([o.outputs[0].token_ids == i['greedy_ids'][:20] for o, i in zip
 
 
 @pytest.mark.slow
-def test_smollm2_says_the_same():
+def test_smollm2_gives_the_golden_tokens():
     golden = Path(__file__).parent / 'golden/smollm2.json'
     env = {**os.environ, 'DEV': 'CPU', 'PYTHONPATH': str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, '-c', ENGINE, golden], capture_output=True, text=True, env=env)

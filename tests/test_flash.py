@@ -177,7 +177,7 @@ CASES = [step(np.random.default_rng(1), (13, 1, 9), (7, 56, 0), H=4, K=2, paddin
 
 
 def replaced(text, old, new, which=None):
-    "All places, or the n-th."
+    "Replace all occurrences, or the n-th."
     assert old in text, old
     if which is None: return text.replace(old, new)
     parts = text.split(old)
@@ -355,8 +355,8 @@ def test_the_best_of_each_device():
         if sys.platform == 'linux': assert best_attend(model('METAL')) is flash_attend
 
 
-def said(chosen):
-    "The one warning that it gives."
+def warning_of(chosen):
+    "The one warning of `best_attend`."
     with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter('always')
         assert best_attend(chosen) is paged_attend
@@ -366,14 +366,14 @@ def said(chosen):
 
 @simulator
 def test_the_portable_one_where_kernels_refuse(monkeypatch):
-    assert 'head dimension is 24' in said(model('METAL', head_dim=24))
+    assert 'head dimension is 24' in warning_of(model('METAL', head_dim=24))
     odd = model('METAL')
     odd.embedding = odd.embedding.cast(dtypes.bfloat16)
-    assert 'it takes half or float' in said(odd)
+    assert 'it takes half or float' in warning_of(odd)
     monkeypatch.setattr(module, 'FLASH_TILED', Kernel(replaced(TILED, 'simd_sum', 'simd_some')))
-    assert 'does not compile for METAL' in said(model('METAL')) and 'simd_some' in said(model('METAL'))
+    assert 'does not compile for METAL' in warning_of(model('METAL')) and 'simd_some' in warning_of(model('METAL'))
     monkeypatch.setattr(defaults, 'ATTENDS', {})
-    assert 'no attention kernel is written for METAL' in said(model('METAL'))
+    assert 'no attention kernel is written for METAL' in warning_of(model('METAL'))
 
 
 def test_texts_say_what_they_mean():
@@ -385,8 +385,8 @@ def test_texts_say_what_they_mean():
 # --- a layer of the model, recorded
 
 def decoded(model, device, cache, attend):
-    "Five steps of two sequences through a layer under TinyJit: what it says, calls of Python, kernels and graphs."
-    calls, said, kernels, graphs = [], [], [], []
+    "Five steps of two sequences through a layer under TinyJit: outputs, calls of Python, kernels and graphs."
+    calls, outputs, kernels, graphs = [], [], [], []
 
     def ints(x): return Tensor(np.array(x, np.int32), device=device).realize()
     tables, owners, starts = ints([[1, 2], [3, 4]]), ints([0, 1]), ints([0, 1, 2])
@@ -400,10 +400,10 @@ def decoded(model, device, cache, attend):
         x = Tensor(np.random.default_rng(p).standard_normal((2, 64)).astype(np.float32), device=device).realize()
         positions, slots = ints([p, p]), ints([16 + p, 48 + p])
         GlobalCounters.reset()
-        with counting() as counts: said.append(step(x, positions, slots).numpy())
+        with counting() as counts: outputs.append(step(x, positions, slots).numpy())
         kernels.append(GlobalCounters.kernel_count)
         graphs.append(list(counts.graphs))
-    return np.array(said), len(calls), kernels, graphs
+    return np.array(outputs), len(calls), kernels, graphs
 
 
 @simulator

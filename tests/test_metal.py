@@ -286,8 +286,8 @@ def test_tensors_are_refused_by_name():
                                    dict(grid=(1, 1, 1, 1)), dict(grid=(-1,))])
 def test_sizes_are_refused(sizes):
     x = buffer(range(4), 'METAL')
-    said = refusal(AXPY, x.empty_like(), x, x, T='float', A=1.0, N=4, **sizes)
-    assert said.startswith('kernel axpy: grid (') and '1024 threads at most' in said
+    message = refusal(AXPY, x.empty_like(), x, x, T='float', A=1.0, N=4, **sizes)
+    assert message.startswith('kernel axpy: grid (') and '1024 threads at most' in message
 
 
 def test_a_kernel_may_limit_its_threads():
@@ -322,24 +322,24 @@ def test_the_same_types_may_be_wider_in_c():
 
 def test_a_device_without_a_text():
     x = buffer(range(4), 'CPU')
-    said = refusal(Kernel(AXPY.metal), x.empty_like(), x, x, T='float', A=1.0, N=4)
-    assert said == 'kernel axpy has no source for CPU'
+    message = refusal(Kernel(AXPY.metal), x.empty_like(), x, x, T='float', A=1.0, N=4)
+    assert message == 'kernel axpy has no source for CPU'
     x = buffer(range(4), 'METAL')
-    said = refusal(Kernel(c=AXPY.c), x.empty_like(), x, x, T='float', A=1.0, N=4)
-    assert said == 'kernel axpy has no source for METAL'
+    message = refusal(Kernel(c=AXPY.c), x.empty_like(), x, x, T='float', A=1.0, N=4)
+    assert message == 'kernel axpy has no source for METAL'
 
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_compile_errors_have_our_lines_and_nothing_is_printed(device, capfd):
     x = buffer(range(4), device)
     wrong = Kernel(AXPY.metal.replace('z[i];', 'zz[i];'), AXPY.c.replace('z[i];', 'zz[i];'))
-    said = refusal(wrong, x.empty_like(), x, x, T='float', A=1.0, N=4)
+    message = refusal(wrong, x.empty_like(), x, x, T='float', A=1.0, N=4)
     line = 2 if device == 'CPU' else 3
-    assert said.startswith(f'kernel axpy does not compile for {device}:\n')
-    assert re.search(rf"axpy[:(]{line}\b.*'?zz", said), said
-    assert 'undeclared' in said or 'undefined' in said
-    said = refusal(AXPY, x.empty_like(), x, x, T='float', N=4)      # a constant is missing
-    assert re.search(rf'axpy[:(]{line}\b.*\bA\b', said), said
+    assert message.startswith(f'kernel axpy does not compile for {device}:\n')
+    assert re.search(rf"axpy[:(]{line}\b.*'?zz", message), message
+    assert 'undeclared' in message or 'undefined' in message
+    message = refusal(AXPY, x.empty_like(), x, x, T='float', N=4)      # a constant is missing
+    assert re.search(rf'axpy[:(]{line}\b.*\bA\b', message), message
     out, err = capfd.readouterr()
     assert not out and 'error' not in err
     assert axpy(x, x).tolist() == [0, 4, 8, 12]                     # and all goes on
@@ -347,18 +347,18 @@ def test_compile_errors_have_our_lines_and_nothing_is_printed(device, capfd):
 
 def test_the_error_stream_survives_compilations_in_many_threads():
     allow_threads()
-    before, said = os.fstat(2), []
+    before, message = os.fstat(2), []
 
     def compile_wrong(n):
-        said.append(refusal(metal.check_compiles, 'f', f'wrong{n}', 'CPU'))
+        message.append(refusal(metal.check_compiles, 'f', f'wrong{n}', 'CPU'))
     threads = [threading.Thread(target=compile_wrong, args=(n,)) for n in range(6)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
     assert os.path.samestat(before, os.fstat(2))
-    assert {*map(str, range(6))} == {n for text in said for n in re.findall(r"'wrong(\d)'", text)}
-    assert all(len(set(re.findall(r'wrong\d', text))) == 1 for text in said)     # each its own
+    assert {*map(str, range(6))} == {n for text in message for n in re.findall(r"'wrong(\d)'", text)}
+    assert all(len(set(re.findall(r'wrong\d', text))) == 1 for text in message)     # each its own
 
 
 # --- constants and types

@@ -102,7 +102,7 @@ def test_reads_writes_and_bytes_are_counted():
     assert seen.buffers['a'] == seen.buffers['b'] == (n, 0, 4 * n, 0) and seen.buffers['o'] == (0, n, 0, 4 * n)
     assert counts.total == (2 * n, n, 8 * n, 4 * n) and counts.total.bytes == 12 * n and counts.graphs == []
     kernel([numbers(n), numbers(n), numbers(n), n], (4,), (256,))
-    assert len(counts) == 1  # nobody counts outside of the block
+    assert len(counts) == 1  # nothing is counted outside of the block
 
 
 def test_a_matrix_kernel_reads_what_the_formula_says():

@@ -63,7 +63,7 @@ def test_without_a_compiler_the_command_line_says_what_to_install(tmp_path):
 
 
 def test_fresh_memory_is_not_a_number():
-    size = 12347    # nobody else asks for so many: memory that was used before comes back as it was
+    size = 12347    # a size of its own: memory that was used before comes back as it was
     assert np.isnan(Tensor.empty(size, device='METAL').contiguous().numpy()).all()
 
 

@@ -119,13 +119,13 @@ def check_kv_write(tokens=5, K=2, D=16, slots=24, dtype=np.float16, seed=0):
     rng = np.random.default_rng(seed)
     k_pool, v_pool, (k, v) = *rng.standard_normal((2, slots, K, D)).astype(dtype), \
         rng.standard_normal((2, tokens, K, D)).astype(dtype)
-    places = 1 + rng.permutation(slots - 1)[:tokens].astype(np.int32)
-    places[0] = 1                                   # the first slot that is not padding's
-    places[1:][places[1:] == 1] = 0
-    places[tokens // 2 + 1:tokens // 2 + 3] = 0     # padding, several times
-    got = kv_write(*map(tensor, (k_pool, v_pool, k, v, places)))
+    new_slots = 1 + rng.permutation(slots - 1)[:tokens].astype(np.int32)
+    new_slots[0] = 1                                   # the first slot that is not padding's
+    new_slots[1:][new_slots[1:] == 1] = 0
+    new_slots[tokens // 2 + 1:tokens // 2 + 3] = 0     # padding, several times
+    got = kv_write(*map(tensor, (k_pool, v_pool, k, v, new_slots)))
     for pool, new in ((k_pool, k), (v_pool, v)):
-        pool[places[places > 0]] = new[places > 0]
+        pool[new_slots[new_slots > 0]] = new[new_slots > 0]
     assert [g.dtype for g in got] == [tensor(k).dtype] * 2
     assert all(np.array_equal(g.numpy(), want) for g, want in zip(got, (k_pool, v_pool)))
 
@@ -190,10 +190,10 @@ def test_the_cache_writes_as_the_portable_one_does(model):
 def test_the_cache_warns_once_and_falls_back(model):
     m = model('CPU')
     cache = KernelKVCache(m, 6, 8)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         ours = [written(cache, m, 'CPU') for _ in range(2)]
-    assert [str(w.message) for w in told] == [
+    assert [str(w.message) for w in caught] == [
         'kernel kv_write has no source for CPU: the portable kernels write keys and values']
     portable = written(PagedKVCache(m, 6, 8), m, 'CPU')
     assert all(np.array_equal(a, b) for pools in ours for a, b in zip(pools, portable))
