@@ -1,4 +1,4 @@
-"""What does it cost to say only what is allowed?
+"""What does it cost to sample only tokens that are allowed?
 
     python benchmarks/control.py              # prints rows and adds them to benchmarks/results/control.jsonl
     python benchmarks/control.py --dry        # prints only

@@ -3,7 +3,7 @@
     python benchmarks/json_schemas.py                # 200 schemas; adds a row to benchmarks/results/control.jsonl
     python benchmarks/json_schemas.py --schemas 20   # prints only
 
-Each schema is told to SmolLM2, with `structured_outputs`; the first 40 also without. An answer counts as valid if
+SmolLM2 gets each schema in its prompt, with `structured_outputs`; the first 40 also without. An answer counts as valid if
 `jsonschema` accepts it; one that was cut by `max_tokens` is counted apart. Needs `pip install jsonschema`.
 """
 import argparse
