@@ -239,3 +239,8 @@ def undocumented(tree, prefix=''):
 @pytest.mark.parametrize('name', MODULES)
 def test_what_is_public_has_a_docstring(name):
     assert not list(undocumented(TREES[name]))
+
+
+def test_pages_of_the_site_have_names_of_their_own():
+    pages = [path.stem.partition('_')[2] for path in (ROOT / 'nbs').glob('[0-9]*.ipynb')]
+    assert len(pages) == len(set(pages))

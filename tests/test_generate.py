@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 
 from tinyvllm.errors import BadInput
 from tinyvllm.reference.generate import Generation, StopText, bucket, check_prompt, generate, greedy, same_greedy
-from tinyvllm.reference.kvcache import KVCache, reuse
+from tinyvllm.reference.kvcache import KVCache, keep_prefix
 from tinyvllm.models.llama import InputBatch, Llama, NoCache, dense_attend, kv_bytes, model_config, weight_bytes
 from tinyvllm.measure import counting
 from tinyvllm.models.weights import tiny_checkpoint
@@ -17,7 +17,7 @@ def model():
     return Llama(model_config(config), state)
 
 
-class Letters:
+class ToyTokenizer:
     "A tokenizer whose token n is the n-th letter of the alphabet."
     eos_ids = (0,)
     def stream(self, **options): return self
@@ -68,7 +68,7 @@ def test_a_reused_cache_changes_no_token(model, old, keep, new):
     list(generate(model, old, 2, cache=cache))
     ids = old[:keep] + new
     held = list(cache.tokens)
-    same = reuse(cache, ids)
+    same = keep_prefix(cache, ids)
     assert cache.tokens == held[:same] == ids[:same] and same < len(ids)
     assert same == len(ids) - 1 or same == len(held) or held[same] != ids[same]
     assert same_greedy(model, ids, list(generate(model, ids, 3, cache=cache)))
@@ -114,7 +114,7 @@ def test_max_tokens_is_clipped_to_the_context(model):
 
 
 def run(model, text, **options):
-    g = Generation(model, Letters(), [1], len(text), sample=Script(text), cache=KVCache(model, 64), **options)
+    g = Generation(model, ToyTokenizer(), [1], len(text), sample=Script(text), cache=KVCache(model, 64), **options)
     pieces = list(g)
     assert ''.join(pieces) == g.text and all(pieces)
     return g
@@ -129,7 +129,7 @@ def test_length_stop_token_and_stop_string(model):
     assert (g.text, g.finish_reason, len(g.token_ids)) == ('hel', 'stop', 5)
     g = run(model, 'abcab', stop=['abd'])
     assert (g.text, g.finish_reason) == ('abcab', 'length')
-    g = Generation(model, Letters(), [1], 0)
+    g = Generation(model, ToyTokenizer(), [1], 0)
     assert list(g) == [] and g.finish_reason == 'length' and g.watch.ttft_s is None
 
 

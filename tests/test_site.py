@@ -45,6 +45,14 @@ def test_web_fonts_go_and_nothing_else(font):
     assert docs.drop_web_fonts(f'a{{b:c}}{font}:root{{d:e}}') == 'a{b:c}:root{d:e}'
 
 
+def test_links_to_methods_lead_to_their_class(site):
+    (site / 'a.html').write_text('<h4 id="engine">Engine</h4><h4 id="engine.run">run</h4>')
+    (site / 'c.html').write_text('<a href="a.html#engine.step">x</a><a href="a.html#engine.run">y</a><a href="#gone.step">z</a>')
+    docs.link_classes(site)
+    assert (site / 'c.html').read_text() == ('<a href="a.html#engine">x</a><a href="a.html#engine.run">y</a>'
+                                             '<a href="#gone.step">z</a>')
+
+
 def test_maths_becomes_mathml():
     page = docs.render_maths('<head><link rel="stylesheet" href="https://x/katex@1/katex.min.css"></head>'
                              '<span class="math inline">\\(a &lt; \\sqrt{b}\\)</span>'

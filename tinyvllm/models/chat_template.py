@@ -49,7 +49,7 @@ class GenerationTag(Extension):
         return parser.parse_statements(('name:endgeneration',), drop_needle=True)
 
 def raise_exception(message: str):
-    "Refuse a conversation: templates call this. Raises `TemplateError`."
+    "Raise `TemplateError`: a template calls this to refuse a conversation."
     raise TemplateError(message)
 
 GLOBALS = {'raise_exception': raise_exception,
@@ -136,10 +136,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def unsafe_undefined(self, obj, attribute):
         "Refuse an unsafe attribute at once. Raises `SecurityError`."
-        raise SecurityError(f'it reaches for {attribute!r:.40} of a {type(obj).__name__}')
+        raise SecurityError(f'it uses {attribute!r:.40} of a {type(obj).__name__}')
 
     def wrap_str_format(self, value):
-        "Treat `format` like any other method: it is in `PADDING`."
+        "Return None: `format` is refused like all methods in `PADDING`."
 
     def call(__self, __context, __obj, *args, **kw):
         "Call from a template: one step, and the growth of a text's methods is checked."

@@ -9,14 +9,14 @@ import math
 from pathlib import Path
 import numpy as np
 from ..errors import BadInput
-from .weights import Checkpoint, open_checkpoint, tensor_shapes
+from .weights import ARCHITECTURES, Checkpoint, open_checkpoint, tensor_shapes
 from tinygrad import Device, Tensor, dtypes
 from tinygrad.nn.state import get_parameters
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'DTYPES', 'ModelConfig', 'model_config', 'check_weights', 'read_config', 'Linear', 'RMSNorm',
-           'rope_frequencies', 'rope_table', 'apply_rope', 'InputBatch', 'NoCache', 'dense_attend', 'Attention', 'MLP',
-           'Layer', 'Llama', 'weight_bytes', 'kv_bytes', 'load_model']
+__all__ = ['DTYPES', 'ModelConfig', 'model_config', 'check_weights', 'read_config', 'Linear', 'RMSNorm', 'rope_frequencies',
+           'rope_table', 'apply_rope', 'InputBatch', 'NoCache', 'dense_attend', 'Attention', 'MLP', 'Layer', 'Llama',
+           'weight_bytes', 'kv_bytes', 'load_model']
 
 # %% ../../nbs/00f_llama.ipynb #c6ee8583
 @dataclass(frozen=True)
@@ -38,11 +38,10 @@ class ModelConfig:
     tie_word_embeddings: bool = False   # the output projection is the embedding
 
 # %% ../../nbs/00f_llama.ipynb #294d6238
-ARCHITECTURES = ('llama', 'mistral', 'qwen2', 'qwen3')
 DTYPES = ('float32', 'float16', 'bfloat16')
 
 def _need(config: dict, key: str, kind: type = int, default=None):
-    "The value of `key`, checked to be a positive number of `kind`; raises `BadInput`."
+    "Return the value of `key`, a positive number of `kind`; raises `BadInput`."
     value = default if config.get(key) is None else config[key]
     if value is None:
         raise BadInput(f'model config: the key {key!r} is missing; is this a language model?')
@@ -53,9 +52,6 @@ def _need(config: dict, key: str, kind: type = int, default=None):
 
 def _check(config: ModelConfig) -> ModelConfig:
     "Refuse what this model cannot compute; raises `BadInput`."
-    if config.model_type not in ARCHITECTURES:
-        raise BadInput(f'unknown architecture {config.model_type!r}; '
-                       f'supported: {", ".join(ARCHITECTURES)}')
     if config.num_attention_heads % config.num_key_value_heads:
         raise BadInput(f'model config: {config.num_attention_heads} attention heads are not a '
                        f'multiple of {config.num_key_value_heads} key/value heads')
@@ -64,7 +60,7 @@ def _check(config: ModelConfig) -> ModelConfig:
 
 # %% ../../nbs/00f_llama.ipynb #d5ad0208
 def _hf_rope(c: dict) -> dict:
-    "RoPE settings of a config.json: transformers 5 nests them in `rope_parameters`."
+    "Read RoPE settings of a config.json: transformers 5 nests them in `rope_parameters`."
     rope = c.get('rope_parameters') or c.get('rope_scaling') or {}
     if not isinstance(rope, dict):
         raise BadInput(f'model config: rope_scaling = {rope!r} is not an object')
@@ -91,7 +87,7 @@ def _config_from_hf(c: dict) -> ModelConfig:
 
 # %% ../../nbs/00f_llama.ipynb #cf1e0ec6
 def _gguf_rope(c: dict, arch: str) -> dict:
-    "RoPE settings of a GGUF file; Llama-3 scaling is a tensor there (`rope_freqs.weight`)."
+    "Read RoPE settings of a GGUF file; Llama 3's scaling is a tensor (`rope_freqs.weight`)."
     kind, theta = c.get(f'{arch}.rope.scaling.type', 'none'), f'{arch}.rope.freq_base'
     scaling = {'rope_type': kind, 'factor': c.get(f'{arch}.rope.scaling.factor')}
     return dict(rope_theta=_need(c, theta, float, 10000.0),
@@ -102,8 +98,6 @@ def _config_from_gguf(c: dict) -> ModelConfig:
     arch = c['general.architecture']
     def need(key, kind=int, default=None):
         return _need(c, f'{arch}.{key}', kind, default)
-    if arch not in ARCHITECTURES: raise BadInput(f'unknown architecture {arch!r}; '
-                                                 f'supported: {", ".join(ARCHITECTURES)}')
     heads, hidden = need('attention.head_count'), need('embedding_length')
     vocab = need('vocab_size', default=len(c.get('tokenizer.ggml.tokens', ())) or None)
     return _check(ModelConfig(arch, vocab, hidden, need('feed_forward_length'), need('block_count'),
@@ -115,6 +109,9 @@ def model_config(
     config: dict, # a parsed `config.json`, or the metadata of a GGUF file
 ) -> ModelConfig: # checked
     "Read a model's configuration; raises `BadInput` naming the key that is missing or wrong."
+    kind = config.get('general.architecture', config.get('model_type'))
+    if kind not in list(ARCHITECTURES):    # it may be anything, also a list
+        raise BadInput(f'unknown architecture {kind!r}; supported: {", ".join(ARCHITECTURES)}')
     return (_config_from_gguf if 'general.architecture' in config else _config_from_hf)(config)
 
 # %% ../../nbs/00f_llama.ipynb #19c95cef
@@ -123,8 +120,8 @@ def check_weights(
     checkpoint: Checkpoint, # what the files hold
 ) -> None:
     "Compare every array's shape with what the configuration implies; raises `BadInput`."
-    if config.num_hidden_layers > len(checkpoint.names):   # before a false number is counted up to
-        raise BadInput(f'{checkpoint.path}: the config says {config.num_hidden_layers} layers, '
+    if config.num_hidden_layers > len(checkpoint.names):   # before a loop over a false number
+        raise BadInput(f'{checkpoint.path}: the config has {config.num_hidden_layers} layers, '
                        f'but the file holds {len(checkpoint.names)} tensors')
     for name, shape in tensor_shapes(vars(config)).items():
         if name not in checkpoint.names:
@@ -132,12 +129,12 @@ def check_weights(
                            'incomplete or its config belongs to another model')
         found = tuple(checkpoint.names[name][0])
         if found != shape:
-            raise BadInput(f'{checkpoint.path}: {name} has shape {found}, the config says {shape}')
+            raise BadInput(f'{checkpoint.path}: {name} has shape {found}, the config needs {shape}')
 
 def read_config(
     checkpoint: Checkpoint, # what the files hold
 ) -> ModelConfig: # checked, and so is the shape of every array
-    "The configuration of a model on disk; raises `BadInput`."
+    "Read the configuration of a model on disk, and check all shapes. Raises `BadInput`."
     config = model_config(checkpoint.config)
     if checkpoint.format == 'gguf' and 'lm_head.weight' not in checkpoint.names:
         config = replace(config, tie_word_embeddings=True)   # GGUF has no key for it
@@ -146,7 +143,7 @@ def read_config(
 
 # %% ../../nbs/00f_llama.ipynb #134c213d
 class Linear:
-    "`x @ weight.T + bias`."
+    "A linear layer: `x @ weight.T + bias`."
     def __init__(self,
         weight: Tensor, # (out, in)
         bias: Tensor | None = None, # (out,)
@@ -157,7 +154,7 @@ class Linear:
         return x.linear(self.weight.T, self.bias)
 
 class RMSNorm:
-    "Divide by the root mean square, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."
+    "Division by the root mean square, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."
     def __init__(self,
         weight: Tensor, # (E,) or (D,)
         eps: float, # added to the mean square
@@ -173,7 +170,7 @@ class RMSNorm:
 def rope_frequencies(
     c: ModelConfig, # gives D, theta and the scaling
 ) -> np.ndarray: # (D/2,) float32, radians per position
-    "Rotary frequencies (Su et al. 2021, arXiv:2104.09864), scaled; raises `BadInput`."
+    "Compute scaled rotary frequencies (Su et al. 2021, arXiv:2104.09864); raises `BadInput`."
     freqs = 1 / c.rope_theta ** (np.arange(0, c.head_dim, 2) / c.head_dim)
     s = c.rope_scaling or {'rope_type': 'default'}
     if s['rope_type'] == 'linear':
@@ -193,7 +190,7 @@ def rope_table(
     freqs: Tensor, # (D/2,) radians per position
     positions: Tensor, # (T,) place of each token in its sequence
 ) -> tuple[Tensor, Tensor]: # cos and sin, each (T, 1, D/2) float32
-    "Angles of this pass's tokens; computed once and shared by all layers."
+    "Compute the cosines and sines of a pass, which all layers share."
     angles = (positions.float().unsqueeze(1) * freqs).unsqueeze(1)
     return angles.cos().contiguous(), angles.sin().contiguous()
 
@@ -201,17 +198,17 @@ def apply_rope(
     x: Tensor, # (T, heads, D)
     table: tuple[Tensor, Tensor], # cos and sin from `rope_table`
 ) -> Tensor: # same shape and dtype
-    "Turn the pairs (x[i], x[i + D/2]), Hugging Face's half-split order."
+    "Rotate the pairs (x[i], x[i + D/2]): Hugging Face's half-split order."
     (a, b), (cos, sin) = x.float().chunk(2, dim=-1), table
     return (a*cos - b*sin).cat(b*cos + a*sin, dim=-1).cast(x.dtype)
 
 # %% ../../nbs/00f_llama.ipynb #b1c8ce3b
 @dataclass
 class InputBatch:
-    "One forward pass: a flat run of tokens, each at its place in its sequence."
+    "The input of one forward pass: a flat run of tokens, each with its position."
     tokens: Tensor      # (T,) int32 ids
     positions: Tensor   # (T,) int32 place in the sequence
-    rows: Tensor        # (R,) int32 tokens whose next-token scores are wanted
+    rows: Tensor        # (R,) int32 tokens whose next-token logits are wanted
     start: int = 0      # position of the first token
 
     @classmethod
@@ -221,32 +218,32 @@ class InputBatch:
         size: int = 0, # pad to this many tokens; the padding's results are never read
         rows: list[int] | None = None, # default: the last token
     ) -> InputBatch:
-        "The batch of one sequence."
+        "Make the batch of one sequence."
         n = max(size, len(ids))
         arrays = ids + [0] * (n - len(ids)), list(range(start, start+n)), rows or [len(ids)-1]
         return cls(*(Tensor(x, dtype=dtypes.int32) for x in arrays), start)
 
 # %% ../../nbs/00f_llama.ipynb #c920ae25
 class NoCache:
-    "The cache that keeps nothing: each pass sees only its own tokens."
+    "A cache that stores nothing: each pass attends to its own tokens only."
     capacity = chunk = 2**31    # tokens it has room for, tokens that one pass may add
     num_computed = nbytes = 0   # tokens that need no computing again, memory it holds
 
     def write(self, layer: int, k: Tensor, v: Tensor, batch: InputBatch) -> tuple[Tensor, Tensor]:
-        "Keys and values (T, K, D) of one layer; returns all that can be attended to, (L, K, D)."
+        "Return the keys and values (T, K, D) of this pass: they are all to attend to (L = T)."
         return k, v
 
     def mark_computed(self, ids: list[int]) -> None:
-        "Note that these tokens of the sequence are computed."
+        "Do nothing: this cache does not remember computed tokens."
 
 # %% ../../nbs/00f_llama.ipynb #9428f43d
 def dense_attend(
     q: Tensor, # (T, H, D)
     k: Tensor, # (L, K, D) keys at positions 0..L-1
     v: Tensor, # (L, K, D)
-    batch: InputBatch, # says at which position each query stands
+    batch: InputBatch, # gives the position of each query
 ) -> Tensor: # (T, H, D)
-    "Causal softmax attention over everything, scores in memory (Vaswani et al., arXiv:1706.03762)."
+    "Compute causal attention with all scores in memory (Vaswani et al., arXiv:1706.03762)."
     (T, H, D), (L, K, _) = q.shape, k.shape
     q = q.reshape(T, K, H//K, D).permute(1, 2, 0, 3)              # (K, H/K, T, D)
     k, v = (x.permute(1, 0, 2).unsqueeze(1) for x in (k, v))      # (K, 1, L, D)
@@ -256,22 +253,19 @@ def dense_attend(
     return (p @ v).permute(2, 0, 1, 3).reshape(T, H, D)
 
 # %% ../../nbs/00f_llama.ipynb #de6347d0
-def _per_head(norm: RMSNorm | None):
-    "Qwen3 normalises each head; the others leave it alone."
-    return norm if norm else lambda x: x
-
 class Attention:
     "Grouped-query attention with rotary positions (Ainslie et al. 2023, arXiv:2305.13245)."
     def __init__(self,
         c: ModelConfig, # the model
-        layer: int, # which layer: the cache's address
+        layer: int, # number of this layer, for the cache
         get, # name -> Tensor or None, of this layer's `self_attn`
     ):
         self.layer, self.head_dim = layer, c.head_dim
         self.q, self.k, self.v, self.o = (Linear(get(f'{n}_proj.weight'), get(f'{n}_proj.bias'))
                                           for n in 'qkvo')
-        self.q_norm, self.k_norm = (_per_head(RMSNorm(w, c.rms_norm_eps) if w is not None else None)
-                                    for w in (get('q_norm.weight'), get('k_norm.weight')))
+        norms = get('q_norm.weight'), get('k_norm.weight')    # of each head: Qwen3 alone has them
+        self.q_norm, self.k_norm = (RMSNorm(w, c.rms_norm_eps) if w is not None else lambda x: x
+                                    for w in norms)
 
     def __call__(self, x: Tensor, table, batch: InputBatch, cache, attend) -> Tensor:  # (T, E)
         q, k, v = (f(x).reshape(len(x), -1, self.head_dim) for f in (self.q, self.k, self.v))
@@ -281,7 +275,7 @@ class Attention:
 
 # %% ../../nbs/00f_llama.ipynb #1a8b1821
 class MLP:
-    "SwiGLU: one projection gates another (Shazeer 2020, arXiv:2002.05202)."
+    "The feed-forward block, SwiGLU: one projection gates another (Shazeer 2020, arXiv:2002.05202)."
     def __init__(self, get):
         names = 'gate', 'up', 'down'
         self.gate, self.up, self.down = (Linear(get(f'{n}_proj.weight'), get(f'{n}_proj.bias'))
@@ -291,7 +285,7 @@ class MLP:
         return self.down(self.gate(x).silu() * self.up(x))
 
 class Layer:
-    "Two corrections to the residual stream: attention, then feed-forward."
+    "A decoder layer: adds attention, then feed-forward, to the residual stream."
     def __init__(self, c: ModelConfig, layer: int, state: dict[str, Tensor]):
         def get(name):
             return state.get(f'model.layers.{layer}.{name}')
@@ -306,7 +300,7 @@ class Layer:
 
 # %% ../../nbs/00f_llama.ipynb #4b28945a
 class Llama:
-    "LLaMA, TinyLlama, SmolLM2, Mistral, Qwen2 and Qwen3: the same layers, other constants."
+    "A model of the LLaMA family: LLaMA, TinyLlama, SmolLM2, Mistral, Qwen2 or Qwen3."
     def __init__(self,
         config: ModelConfig, # shapes and constants
         state: dict[str, Tensor], # arrays under Hugging Face's names
@@ -325,10 +319,10 @@ class Llama:
 
     def __call__(self,
         batch: InputBatch, # what to compute
-        cache, # where keys and values live: `NoCache` or a later one
-        attend, # how queries look at them: `dense_attend` or a later one
-    ) -> Tensor: # (R, V) float32 scores of the next token
-        "One forward pass."
+        cache, # where keys and values are stored: `NoCache` or a later one
+        attend, # the attention function: `dense_attend` or a later one
+    ) -> Tensor: # (R, V) float32 logits of the next token
+        "Run one forward pass."
         x, table = self.embedding[batch.tokens], rope_table(self.freqs, batch.positions)
         for layer in self.layers:
             x = layer(x, table, batch, cache, attend)
@@ -338,7 +332,7 @@ class Llama:
 def weight_bytes(
     model: Llama, # any
 ) -> int: # bytes
-    "Weights that one pass reads; of an untied embedding it reads a few rows only."
+    "Count the weights that one pass reads; of an untied embedding it reads a few rows only."
     arrays = {id(t): t for t in get_parameters(model)}.values()
     unread = 0 if model.head.weight is model.embedding else model.embedding.nbytes()
     return sum(t.nbytes() for t in arrays) - unread
@@ -346,7 +340,7 @@ def weight_bytes(
 def kv_bytes(
     model: Llama, # any
 ) -> int: # bytes
-    "Keys and values of one token, over all layers."
+    "Count the bytes of one token's keys and values, over all layers."
     c, size = model.config, model.embedding.dtype.itemsize
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
 
@@ -362,7 +356,6 @@ def load_model(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     config = read_config(checkpoint)
     rope_frequencies(config)   # an unknown scaling is refused before the weights are read
-    on_cpu = (device or Device.DEFAULT).startswith('CPU')
     if dtype == 'auto':
-        dtype = 'float32' if on_cpu else 'float16'
+        dtype = 'float32' if (device or Device.DEFAULT).startswith('CPU') else 'float16'
     return Llama(config, checkpoint.load(device=device, dtype=dtype))

@@ -48,11 +48,11 @@ def sentencepiece_piece(
 
 # %% ../../nbs/00a_tokenizer.ipynb #569a8981
 class Detokenizer:
-    "Ids in, finished characters out; `''.join(pieces) + finish()` is exactly `decode(ids)`."
+    "Decode a stream of ids: `''.join(map(add, ids)) + finish()` equals `decode(ids)`."
     def __init__(self,
         tokenizer: Tokenizer, # knows the bytes of each id
         skip_special_tokens: bool = False, # leave out ids such as <|im_end|>
-        prompt_ids: Iterable[int] = (),    # what the stream continues; not given out again
+        prompt_ids: Iterable[int] = (),    # tokens before the stream; their text is not returned
     ):
         self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self.at_start = tokenizer.strip_space
@@ -61,20 +61,20 @@ class Detokenizer:
             self.add(id)
 
     def add(self, id: int) -> str:
-        "Take one more id; returns the text that is final now: maybe none, never half a character."
+        "Decode one more id; returns the characters that are complete now (maybe none)."
         data = self.tokenizer.piece(id, self.skip_special_tokens)
         if self.at_start and data:
             data, self.at_start = data.removeprefix(b' '), False
         return self.utf8.decode(data)
 
     def finish(self) -> str:
-        "Return what is left at the end: U+FFFD for a character that never arrived in full."
+        "Return the rest at the end: U+FFFD for a character that is not complete, else nothing."
         return self.utf8.decode(b'', final=True)
 
 # %% ../../nbs/00a_tokenizer.ipynb #47341eb6
 @dataclass
 class FastEncoder:
-    "Encodes with the `tokenizers` library."
+    "An encoder over the `tokenizers` library."
     engine: FastTokenizer
 
     @cached_property
@@ -92,7 +92,7 @@ class FastEncoder:
 
 @dataclass
 class SentencePieceEncoder:
-    "Encodes with the `sentencepiece` library, cutting the text at special tokens."
+    "An encoder over the `sentencepiece` library, which cuts the text at special tokens."
     engine: sentencepiece.SentencePieceProcessor
     special: dict[str, int]
 
@@ -115,7 +115,7 @@ class SentencePieceEncoder:
 
 # %% ../../nbs/00a_tokenizer.ipynb #46732716
 def check_text(text: str) -> str:
-    "Give `text` back if it is Unicode text. Raises `BadInput`."
+    "Return `text` if it is valid Unicode. Raises `BadInput`."
     if not isinstance(text, str):
         raise BadInput(f'text must be a string, not {type(text).__name__}')
     try:
@@ -128,9 +128,9 @@ def check_text(text: str) -> str:
 # %% ../../nbs/00a_tokenizer.ipynb #5f001bf5
 @dataclass
 class Tokenizer:
-    "Text to ids and back, whatever file the vocabulary came from."
+    "Encode text to ids and decode ids to text, for a vocabulary from any kind of file."
     pieces: dict[int, bytes] = field(repr=False) # what each id adds to the text
-    special_ids: frozenset[int] = frozenset() # ids that steer the model and are not text
+    special_ids: frozenset[int] = frozenset() # ids of control tokens, which are not text
     strip_space: bool = False        # a leading space is sentencepiece's, not the text's
     encoder: Callable[[str, bool], list[int]] = None # (text, parse_special) -> ids without BOS
     bos_id: int | None = None        # begin of sequence
@@ -144,7 +144,7 @@ class Tokenizer:
             f'a vocabulary of {len(self.pieces)} tokens with ids up to {self.vocab_size - 1}')
 
     def piece(self, id: int, skip_special_tokens: bool = False) -> bytes:
-        "The bytes of one id. Raises `BadInput` for what is not an id of this vocabulary."
+        "Return the bytes of one id. Raises `BadInput` for an id outside of this vocabulary."
         try:
             i = operator.index(id)
         except TypeError:
@@ -154,16 +154,16 @@ class Tokenizer:
         return b'' if skip_special_tokens and i in self.special_ids else self.pieces.get(i, b'')
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        "The text of `ids`; bytes that are no character become U+FFFD."
+        "Return the text of `ids`, invalid UTF-8 as U+FFFD. Raises `BadInput` for a wrong id."
         data = b''.join(self.piece(i, skip_special_tokens) for i in ids)
         return (data.removeprefix(b' ') if self.strip_space else data).decode('utf-8', 'replace')
 
     def stream(self, skip_special_tokens: bool = False, prompt_ids: Iterable[int] = ()):
-        "A new `Detokenizer` of this vocabulary."
+        "Return a new `Detokenizer` of this vocabulary."
         return Detokenizer(self, skip_special_tokens, prompt_ids)
 
     def encode(self, text: str, add_bos: bool|None = None, parse_special: bool = True) -> list[int]:
-        "Ids of `text`; `add_bos=None` does as the files say. BOS is never put twice."
+        "Return the ids of `text`, BOS (None: as in the files) at most once. Raises `BadInput`."
         ids = self.encoder(check_text(text), parse_special)
         if not (self.add_bos if add_bos is None else add_bos): return ids
         if self.bos_id is None: raise BadInput('no BOS token in this vocabulary: use add_bos=False')

@@ -40,7 +40,7 @@ def read_template(
     folder: Path,
     config: dict, # tokenizer_config.json
 ) -> str | None:
-    "The chat template of a model folder: a file of its own, or an entry (one, or several named)."
+    "Return a model folder's chat template (a file, or an entry), or None. Raises `BadInput`."
     file, found = folder / 'chat_template.jinja', config.get('chat_template')
     if file.is_file():
         try:
@@ -56,10 +56,10 @@ def read_template(
 def read_settings(
     folder: Path, # of a Hugging Face model
     id_of: Callable[[str], int | None], # token text -> id
-    bos: int | None = None, # what the tokenizer file itself puts first
-    eos: int | None = None, # what it calls the end
+    bos: int | None = None, # BOS, if the tokenizer file itself adds it
+    eos: int | None = None, # EOS of the tokenizer file
 ) -> dict: # bos_id, eos_ids, add_bos, chat_template
-    "Read what the JSON files beside a tokenizer say about special tokens. Raises `BadInput`."
+    "Read special tokens and template from the files beside a tokenizer. Raises `BadInput`."
     config, generation, special, names = (read_json(folder / f'{n}.json') for n in
         ('config', 'generation_config', 'special_tokens_map', 'tokenizer_config'))
 
@@ -93,7 +93,7 @@ def gguf_list(
     kind: type, # of every entry
     n: int | None = None, # length it must have
 ) -> list:
-    "Get a list of the vocabulary. Raises `BadInput` if it is missing, mistyped or too short."
+    "Return a list of the vocabulary. Raises `BadInput` if it is missing, mistyped or too short."
     key = f'tokenizer.ggml.{name}'
     values = metadata.get(key)
     if values is None: raise BadInput(f'the GGUF metadata has no {key}: the vocabulary is missing')
@@ -118,7 +118,7 @@ WORD_PATTERNS = {
 def word_cutter(
     kind: str, # GGUF's tokenizer.ggml.pre
 ) -> pre_tokenizers.PreTokenizer:
-    "Make what cuts text into words and spells bytes visibly. Raises `BadInput` if unknown."
+    "Make the pre-tokenizer of that name: it cuts text into words. Raises `BadInput`."
     if kind not in WORD_PATTERNS:
         raise BadInput(f'unknown pre-tokenizer {kind!r:.40} in the GGUF metadata (known: '
             f'{", ".join(WORD_PATTERNS)}): use a file with one of these, or the tokenizer.json')
@@ -187,13 +187,13 @@ def gguf_settings(
     tokens: list[str],
     types: list[int],
 ) -> dict: # bos_id, eos_ids, add_bos, chat_template
-    "Read what a GGUF header says about special tokens. Raises `BadInput`."
+    "Read special tokens and chat template from a GGUF header. Raises `BadInput`."
     def get(key):
         return metadata.get(f'tokenizer.ggml.{key}')
     named = {k: get(f'{k}_token_id') for k in ('bos', 'eos', 'eot', 'eom')}
     for k, i in named.items():
         if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
-            raise BadInput(f'the GGUF metadata says {k} is token {i!r:.20} of {len(tokens)}')
+            raise BadInput(f'the GGUF metadata has {k} token {i!r:.20}, but {len(tokens)} tokens')
     control = {t: i for i, (t, k) in enumerate(zip(tokens, types)) if k == CONTROL}
     ends = [named[k] for k in ('eos', 'eot', 'eom')] + [control.get(t) for t in END_OF_TURN]
     add_bos, template = get('add_bos_token'), metadata.get('tokenizer.chat_template')
@@ -205,7 +205,7 @@ def gguf_settings(
                 chat_template=template if isinstance(template, str) else None)
 
 def gguf_tokenizer(metadata: dict) -> Tokenizer:
-    "Build the vocabulary inside a GGUF header. Raises `BadInput`."
+    "Build the tokenizer of a GGUF file from its header. Raises `BadInput`."
     kind = metadata.get('tokenizer.ggml.model')
     if kind not in ('gpt2', 'llama'): raise BadInput('only GGUF vocabularies of kind gpt2 and '
         f'llama can be read, not {kind!r:.40}: use the tokenizer.json')

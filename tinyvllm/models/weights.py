@@ -34,7 +34,7 @@ __all__ = ['CODES', 'TINY', 'ARCHITECTURES', 'to_device', 'decode', 'target_type
 def to_device(
     entry: Entry, # where the bytes are
     shape: tuple[int, ...], # of the tensor
-    dtype, # tinygrad dtype that the bytes are taken for
+    dtype, # tinygrad dtype in which the bytes are read
     device: str, # where to put them
 ) -> Tensor: # realized
     "Copy bytes from a memory map into a new device buffer; unmapped on return. Raises `BadInput`."
@@ -54,7 +54,7 @@ def decode(
     entry: Entry, # what the bytes mean
     dtype, # tinygrad dtype of the result
 ) -> Tensor: # in `entry.shape`, not yet computed
-    "The numbers in stored bytes (block formats: ggml-quants.c of llama.cpp)."
+    "Expand stored bytes to numbers (block formats: ggml-quants.c of llama.cpp)."
     if entry.dtype in BLOCKS:
         raw = ggml_data_to_tensor(raw, math.prod(entry.shape), BLOCKS[entry.dtype][0])
     if entry.dtype == 'BF16':
@@ -65,7 +65,7 @@ def target_type(
     entry: Entry, # a tensor in a file
     want=None, # tinygrad dtype asked for, None: as stored
 ): # tinygrad dtype on the device
-    "Integers stay what they are; blocks become float32 unless another type is asked for."
+    "Choose the type on the device: blocks become float32 by default, integers stay as they are."
     stored = STORED.get(entry.dtype, dtypes.float32)
     return want if want and dtypes.is_float(stored) else stored
 
@@ -95,13 +95,13 @@ def read_tensor(
 def free_cache(
     device: str, # whose buffers
 ) -> None:
-    "Give back the buffers that tinygrad keeps for reuse."
+    "Free the buffers that tinygrad keeps for reuse."
     allocator = Device[device].allocator
     if hasattr(allocator, 'free_cache'):
         allocator.free_cache()
 
 def float_type(name: str|None):
-    "tinygrad's dtype of that name, None for None. Raises `BadInput`."
+    "Return tinygrad's dtype of that name, None for None. Raises `BadInput`."
     known = {None: None, **{t: getattr(dtypes, t) for t in ('float32', 'float16', 'bfloat16')}}
     if name in known: return known[name]
     raise BadInput(f'dtype {name!r} is unknown; known are float32, float16, bfloat16')
@@ -125,7 +125,7 @@ class Checkpoint:
         device: str|None=None, # None: tinygrad's default
         dtype: str|None=None, # 'float32', 'float16', 'bfloat16'; None: stored, blocks as float32
     ) -> dict[str, Tensor]: # realized on the device
-        "Read every tensor, one at a time. Raises `BadInput`."
+        "Load all tensors to the device, the largest first. Raises `BadInput`."
         device, want, state, kernels = device or Device.DEFAULT, float_type(dtype), {}, {}
         for name in sorted(self.entries, key=lambda n: -math.prod(self.entries[n].shape)):
             state[name] = read_tensor(self.entries[name], device, want, kernels)
@@ -134,7 +134,7 @@ class Checkpoint:
 
 # %% ../../nbs/00e_weights.ipynb #fe8d6009
 def read_shards(index: Path) -> dict[str, Entry]:
-    "The entries of all shards that an index names."
+    "Read the entries of all shards that an index names. Raises `BadInput`."
     table = read_json(index).get('weight_map')
     if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
         raise bad_file(index, 'has no weight_map from names to files')
@@ -147,20 +147,20 @@ def read_shards(index: Path) -> dict[str, Entry]:
     return {name: shards[file][name] for name, file in table.items()}
 
 def refuse_packed(path: Path, config: dict) -> None:
-    "Raises `BadInput` for another library's quantisation."
+    "Refuse weights that another library has quantised. Raises `BadInput`."
     packed = config.get('quantization_config')
     if not packed: return
     method = packed.get('quant_method') if isinstance(packed, dict) else packed
     raise bad_file(path, f'unknown quantisation {method!r}', 'use the original')
 
 def read_config_json(folder: Path, check: Callable) -> dict:
-    "The config.json beside the weights, if it passes `check`."
+    "Read config.json and call `check` with its path and content. Raises `BadInput`."
     config = read_json(folder/'config.json')
     check(folder/'config.json', config)
     return config
 
 def open_gguf(path: Path) -> Checkpoint:
-    "A GGUF file, under Hugging Face's names."
+    "Open a GGUF file, its tensors under Hugging Face's names. Raises `BadInput`."
     metadata, entries = read_gguf(path)
     if metadata.get('split.count', 1) not in (0, 1):
         raise bad_file(path, 'is one part of several', 'join them with llama-gguf-split --merge')
@@ -170,7 +170,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 # %% ../../nbs/00e_weights.ipynb #151f77ce
 def open_folder(folder: Path, check: Callable) -> Checkpoint:
-    "One model.safetensors, or shards with an index, or the only weights file there."
+    "Open model.safetensors, shards with an index, or the only weights file. Raises `BadInput`."
     single, index = folder/'model.safetensors', folder/'model.safetensors.index.json'
     if single.exists():
         entries = read_safetensors(single)
@@ -202,14 +202,14 @@ CODES = {dtype: code for code, dtype in STORED.items()}
 def tensor_bytes(
     tensor: Tensor, # any dtype in `STORED`
 ) -> memoryview: # its bytes, rows first
-    "The raw bytes of a tensor, also of a bfloat16 one, for which numpy has no type."
+    "Return the raw bytes of a tensor, also of bfloat16, for which numpy has no type."
     return tensor.contiguous().realize().uop.buffer.as_memoryview()
 
 def write_safetensors(
     path: str|Path, # where to; overwritten
     state: dict[str, Tensor], # tensors by name
 ) -> None:
-    "Write one safetensors file."
+    "Write tensors into one safetensors file, and flush it to the disk."
     header, at = {'__metadata__': {'format': 'pt'}}, 0
     for name, t in state.items():
         header[name] = {'dtype': CODES[t.dtype], 'shape': list(t.shape),
@@ -226,7 +226,7 @@ def write_safetensors(
 
 # %% ../../nbs/00e_weights.ipynb #c461f2b8
 def split_shards(state: dict[str, Tensor], max_shard_bytes: int) -> dict[str, dict[str, Tensor]]:
-    "Files of at most `max_shard_bytes` each; a larger tensor gets its own."
+    "Split a model into files of at most `max_shard_bytes`; a larger tensor gets its own."
     groups, room = [{}], max_shard_bytes
     for name, t in state.items():
         if groups[-1] and t.nbytes() > room:
@@ -237,7 +237,7 @@ def split_shards(state: dict[str, Tensor], max_shard_bytes: int) -> dict[str, di
     return {f'model-{i:05d}-of-{len(groups):05d}.safetensors': g for i, g in enumerate(groups, 1)}
 
 def shard_index(files: dict[str, dict[str, Tensor]]) -> dict:
-    "The content of model.safetensors.index.json."
+    "Make the content of model.safetensors.index.json."
     total = sum(t.nbytes() for part in files.values() for t in part.values())
     where = {name: file for file, part in files.items() for name in part}
     return {'metadata': {'total_size': total}, 'weight_map': where}
@@ -277,7 +277,7 @@ def save_safetensors(
 
 # %% ../../nbs/00e_weights.ipynb #3194df57
 def layer_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    "The tensors of one layer; Qwen2 has biases on q, k and v, Qwen3 norms on q and k."
+    "Shapes of one layer's tensors; Qwen2 has biases on q, k and v, Qwen3 norms on q and k."
     hidden, inner, head = config['hidden_size'], config['intermediate_size'], config['head_dim']
     q, kv = config['num_attention_heads'] * head, config['num_key_value_heads'] * head
     rows = {'self_attn.q_proj': (q, hidden), 'self_attn.k_proj': (kv, hidden),
@@ -296,7 +296,7 @@ def layer_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def tensor_shapes(
     config: dict, # config.json of a model of the LLaMA family
 ) -> dict[str, tuple[int, ...]]: # by Hugging Face's names
-    "The tensors that a config implies."
+    "Return the shapes of all tensors that a config implies."
     ends = (config['vocab_size'], config['hidden_size'])
     shapes = {'model.embed_tokens.weight': ends}
     for i in range(config['num_hidden_layers']):
@@ -314,7 +314,7 @@ ARCHITECTURES = {'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM',
                  'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
 
 def draw_weights(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    "Uniform values of variance 1 / fan-in (around 1 for norms), from a stream of their own."
+    "Draw uniform values of variance 1 / fan-in (around 1 for norms), seeded by the name too."
     draws = np.random.default_rng([seed, zlib.crc32(name.encode())]).random(shape, np.float32)
     if 'norm' in name: return 0.5 + draws
     return (2*draws - 1) * np.float32(math.sqrt(3 / shape[-1]) if len(shape) > 1 else 0.1)
@@ -323,7 +323,7 @@ def tiny_checkpoint(
     seed: int=0, # same seed, same numbers, on every machine
     **overrides, # keys of config.json, such as model_type='qwen3' or tie_word_embeddings=True
 ) -> tuple[dict, dict[str, Tensor]]: # config, tensors in float32
-    "A random model of the LLaMA family, small enough for tests. Raises `BadInput`."
+    "Make a random model of the LLaMA family, small enough for tests. Raises `BadInput`."
     config = {**TINY, **overrides}
     kind = config['model_type']
     if kind not in ARCHITECTURES:

@@ -16,15 +16,15 @@ __all__ = ['greedy', 'bucket', 'generate', 'answer_logits', 'same_greedy', 'chec
 
 # %% ../../nbs/01_greedy.ipynb #edc7bd27
 def greedy(
-    logits: np.ndarray, # (V,) scores of the next token
+    logits: np.ndarray, # (V,) logits of the next token
 ) -> int: # its id
-    "The most likely token; the lowest id among equals."
+    "Return the most likely token; the lowest id among equals."
     return int(logits.argmax())
 
 def bucket(
     n: int, # tokens to compute
 ) -> int: # tokens to compute with padding
-    "Round up, so that few shapes exist: powers of two to 256, then multiples of 256."
+    "Round up to a power of two, above 256 to a multiple of 256, so that few shapes exist."
     return 1 << (n - 1).bit_length() if n <= 256 else -(-n // 256) * 256
 
 # %% ../../nbs/01_greedy.ipynb #807c51d7
@@ -32,11 +32,11 @@ def generate(
     model: Llama, # the model
     prompt_ids: Sequence[int], # at least one token
     max_tokens: int, # how many to generate at most
-    sample: Callable = greedy, # (V,) scores -> a token id, or an object that `int` turns into one
-    cache=None, # where keys and values live; None computes everything anew
-    attend: Callable = dense_attend, # how queries look at them
+    sample: Callable = greedy, # (V,) logits -> a token id, or an object that `int` turns into one
+    cache=None, # where keys and values are stored; None computes all of them anew
+    attend: Callable = dense_attend, # the attention function
 ) -> Iterator[int]: # what `sample` returned, token by token
-    "Predict, append, repeat."
+    "Generate tokens: predict, append, repeat. Raises `BadInput` if the cache is too small."
     ids, cache = list(prompt_ids), cache or NoCache()
     if cache.capacity < len(ids) + max_tokens:
         raise BadInput(f'the cache has room for {cache.capacity} tokens, this request needs '
@@ -56,8 +56,8 @@ def answer_logits(
     model: Llama, # the model
     prompt_ids: Sequence[int], # the prompt
     tokens: Sequence[int], # what some engine generated
-) -> np.ndarray: # (len(tokens), V) scores that each of them was chosen from
-    "What the model says at every place of an answer: one forward pass, no cache, plain attention."
+) -> np.ndarray: # (len(tokens), V) the logits before each of them
+    "Compute the logits at all positions of an answer: one pass, no cache, plain attention."
     ids, first = [*prompt_ids, *map(int, tokens)], len(prompt_ids)
     rows = list(range(first - 1, len(ids) - 1))
     batch = InputBatch.of(ids[:-1], size=bucket(len(ids) - 1), rows=rows)
@@ -68,7 +68,7 @@ def same_greedy(
     prompt_ids: Sequence[int], # the prompt
     tokens: Sequence[int], # what some engine generated
 ) -> bool: # is it what greedy decoding gives?
-    "Was each token the most likely one, given all before it?"
+    "Check that each token was the most likely one, given all before it."
     return answer_logits(model, prompt_ids, tokens).argmax(-1).tolist() == list(map(int, tokens))
 
 # %% ../../nbs/01_greedy.ipynb #12ba8ea9
@@ -91,15 +91,15 @@ def check_prompt(
 
 # %% ../../nbs/01_greedy.ipynb #8fe20e52
 class StopText:
-    "Lets text through until a stop string appears, and holds back what could become one."
+    "A filter of text: ends it at a stop string, and holds back what could become one."
     def __init__(self,
         stop: Sequence[str] = (), # strings that end the text
-        keep: bool = False, # is the one that appears part of it?
+        keep: bool = False, # does the text include the stop string?
     ):
         self.stop, self.keep, self.held, self.hit = tuple(stop), keep, '', None
 
-    def add(self, text: str) -> str:  # what is certain now
-        "Take new text. `hit` becomes the stop string that appears; the text ends before it."
+    def add(self, text: str) -> str:  # what is final now
+        "Add text and return what is final; `hit` becomes the stop string that ended the text."
         self.held += text
         found = [(self.held.index(s) + len(s), self.held.index(s), s)
                  for s in self.stop if s in self.held]
@@ -113,46 +113,46 @@ class StopText:
         return out
 
     def finish(self) -> str:
-        "What was held back, when no more text comes."
+        "Return what was held back, when no more text comes."
         out, self.held = self.held, ''
         return out
 
 # %% ../../nbs/01_greedy.ipynb #6d58d141
 class TextStream:
-    "The text of one request: takes tokens, gives back what is final."
+    "The text of one request, made from its tokens as they come."
     def __init__(self,
         tokenizer: Tokenizer, # its tokenizer
-        prompt_ids: Sequence[int] = (), # what stood before the first token
+        prompt_ids: Sequence[int] = (), # tokens before the first one
         stop: Sequence[str] = (), # strings that end the text
-        keep: bool = False, # is the one that appears part of it?
+        keep: bool = False, # does the text include the stop string?
         skip_special_tokens: bool = True, # leave out tokens such as <|im_end|>
     ):
         self.detokenizer = tokenizer.stream(skip_special_tokens=skip_special_tokens,
                                             prompt_ids=prompt_ids)
-        self.door, self.text = StopText(stop, keep), ''
+        self.stop_text, self.text = StopText(stop, keep), ''
 
     @property
     def stopped(self) -> str | None:
-        "The stop string that has appeared."
-        return self.door.hit
+        "The stop string that has ended the text, or None."
+        return self.stop_text.hit
 
     def add(self, token: int, may_stop: bool = True) -> str:
-        "One more token; returns the text that is certain now."
+        "Add a token and return the text that is final now."
         new = self.detokenizer.add(token)
-        return self._said(self.door.add(new) if may_stop else new)
+        return self._append(self.stop_text.add(new) if may_stop else new)
 
     def finish(self) -> str:
-        "No more tokens: what was held back, unless a stop string swallowed it."
-        tail = '' if self.stopped else self.door.add(self.detokenizer.finish())
-        return self._said(tail + self.door.finish())
+        "Return what was held back, when no more tokens come; after a stop string, nothing."
+        tail = '' if self.stopped else self.stop_text.add(self.detokenizer.finish())
+        return self._append(tail + self.stop_text.finish())
 
-    def _said(self, piece: str) -> str:
+    def _append(self, piece: str) -> str:
         self.text += piece
         return piece
 
 # %% ../../nbs/01_greedy.ipynb #b7ec14ac
 class Generation:
-    "One request: iterating yields text as it becomes final; afterwards it holds the result."
+    "One request: iterating over it yields final text; afterwards it holds the result."
     def __init__(self,
         model: Llama, # the model
         tokenizer: Tokenizer, # its tokenizer
@@ -170,7 +170,7 @@ class Generation:
 
     @property
     def text(self) -> str:
-        "What has been yielded so far."
+        "The text that has been yielded so far."
         return self.stream.text
 
     def __iter__(self) -> Iterator[str]:
