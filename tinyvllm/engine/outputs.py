@@ -179,8 +179,8 @@ class Request:
         if answer.finish_reason: return None
         stop_string = self.states[index].update(change)
         num_tokens = len(answer.token_ids) - before
-        for _ in range(0 if index else num_tokens):
-            out.metrics.lap()
+        if index == 0:
+            out.metrics.lap(num_tokens)
         out.error = out.error or change.error
         out.finished = all(o.finish_reason for o in out.outputs)
         if index == 0 and out.prompt_logprobs is None:
