@@ -48,7 +48,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, unpacked):
     assert {p.name for p in unpacked.iterdir()} == {'tinyvllm', f'tinyvllm-{version()}.dist-info'}
     assert files(unpacked / 'tinyvllm', '**/*.py') == files(ROOT / 'tinyvllm', '**/*.py')
     assert files(unpacked / 'tinyvllm/metalsim') == files(ROOT / 'tinyvllm/metalsim')
-    assert files(unpacked / 'tinyvllm/kernels', '*.h') == files(ROOT / 'tinyvllm/kernels', '*.h') == {Path('msl_cuda.h'), Path('ptx.h')}
+    assert files(unpacked / 'tinyvllm/kernels', '*.h') == files(ROOT / 'tinyvllm/kernels', '*.h') == {Path('msl_cuda.h'), Path('ptx.h'), Path('vectors.h')}
     assert (unpacked / 'tinyvllm/data/ladder.jsonl').read_bytes() == (ROOT / 'nbs/ladder.jsonl').read_bytes()
     assert wheel.name == f'tinyvllm-{version()}-py3-none-any.whl' and wheel.stat().st_size < 1_000_000
 

@@ -32,7 +32,7 @@ WIDE kernel void matmul(device T* y, device const T* w, device const T* x) {
         for (int c = 0; c < COLUMNS; c++) a[c] = load(column[c] + k);
         for (int r = 0; r < ROWS; r++) {
           vec b = load(row[r] + k);
-          __builtin_prefetch(row[r] + ROWS * K + k);     // the same place, one group of rows on
+          __builtin_prefetch(row[r] + ROWS * K + k);     // the same columns, one group on
           for (int c = 0; c < COLUMNS; c++) sum[r][c] += b * a[c];
         }
       }
