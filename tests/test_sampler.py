@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from support.c_kernels import lanes  # noqa: F401
 from tinygrad import Tensor
 
 from tinyvllm.kernels import penalties, sampler, top_tokens
@@ -23,6 +24,7 @@ from tinyvllm.sampling.sampler import (Sampler, log_softmax, process_logits, sof
     select_top_ids, draw_uniform)
 
 simulated = pytest.mark.skipif(sys.platform == 'darwin', reason='a Mac does not check')
+every_width = pytest.mark.usefixtures('lanes')     # the C text for vectors of 4, 8 and 16 floats
 cases = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 few = settings(cases, max_examples=6)
 seeds = st.integers(0, 2**32 - 1)
@@ -116,12 +118,14 @@ def batch(seed, device, penalties):
     return x, params, *some
 
 
+@every_width
 @cases
 @given(seeds)
 def test_any_row_is_the_oracles(seed):
     check(*batch(seed, 'CPU', penalties=False)[:2])
 
 
+@every_width
 @settings(cases, max_examples=60)
 @given(seeds)
 def test_any_row_with_penalties_is_the_oracles(seed):
@@ -136,6 +140,7 @@ def test_the_metal_text_says_the_same(seed, penalties):
     check(x, params, 'METAL', prompts, outputs)
 
 
+@every_width
 # --- rows do not see each other -----------------------------------------------------------------------
 
 @pytest.mark.parametrize('device', ['CPU', 'METAL'])
@@ -164,6 +169,7 @@ def test_a_broken_row_has_no_token_and_changes_no_other(device, greedy):
     assert np.isfinite(logprobs[[0, 5]]).all()
 
 
+@every_width
 def test_broken_in_every_place():
     "The vector part of a row and its rest."
     x, greedy = np.zeros((37, 37), np.float32), SamplingParams(temperature=0, seed=0)
@@ -171,6 +177,7 @@ def test_broken_in_every_place():
     assert (sample_rows(x, [greedy] * 37)[0] == -1).all()
 
 
+@every_width
 def test_penalties_that_overflow_leave_no_token():
     "As in `sampling`: what is refused is the row after its penalties."
     params = SamplingParams(temperature=0, repetition_penalty=1e-38, seed=0, logprobs=20)
@@ -211,6 +218,7 @@ def test_a_forced_token_is_not_drawn(device):
         np.testing.assert_allclose(parts[i, 0] - np.log(parts[i, 1]), want, rtol=1e-5)
 
 
+@every_width
 def test_extreme_logits_and_the_last_token():
     x = np.float32([[-3e38, 3e38, 0] + [-1e30] * 20, [-3e38] * 23, [0] * 22 + [80]])
     params = [SamplingParams(seed=1), SamplingParams(seed=2, top_p=0.5), SamplingParams(seed=3, temperature=2)]
@@ -219,6 +227,7 @@ def test_extreme_logits_and_the_last_token():
     assert sample_tokens(on('CPU', x), on('CPU', table))[0].tolist() == [1, 11, 22]
 
 
+@every_width
 def test_a_vocabulary_of_49152_and_its_last_id():
     rng = np.random.default_rng(3)
     x = rng.standard_normal((4, 49152)).astype(np.float32) * 2
