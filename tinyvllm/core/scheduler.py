@@ -14,7 +14,7 @@ from ..errors import BadInput
 from ..sampling.sampler import Sampled
 
 # %% auto #0
-__all__ = ['WaitingQueue', 'check_fits', 'allocate_blocks', 'allocate_steps', 'Scheduler']
+__all__ = ['WaitingQueue', 'check_fits', 'make_block_table', 'allocate_steps', 'Scheduler']
 
 # %% ../../nbs/03_batching.ipynb #3b48f585
 class WaitingQueue:
@@ -50,8 +50,8 @@ def check_fits(
                    'prompt, lower max_tokens, or give the engine more blocks',
                    code='context_length_exceeded')
 
-# %% ../../nbs/03_batching.ipynb #1ea9f16e
-def allocate_blocks(
+# %% ../../nbs/03_batching.ipynb #13a21425
+def make_block_table(
     seq: Sequence, # a waiting one
     blocks: BlockManager, # the pool
 ) -> bool: # False: it must wait
@@ -85,7 +85,7 @@ def allocate_steps(
     if steps == 1 or missing > blocks.num_free: return 1, []
     return steps, [pair for seq, *_ in entries for pair in blocks.append(seq.id, steps - 1)]
 
-# %% ../../nbs/03_batching.ipynb #9f175db8
+# %% ../../nbs/03_batching.ipynb #c60cdc6f
 class Scheduler:
     "Decides at each step which sequences compute how many tokens. First come, first served."
     def __init__(self,
@@ -168,7 +168,7 @@ class Scheduler:
     def admit(self) -> Sequence | None:
         "Let the first waiting sequence run if a place and enough blocks are free, else None."
         seq = self.waiting.first() if len(self.running) < self.max_num_seqs else None
-        if seq is None or not allocate_blocks(seq, self.blocks): return None
+        if seq is None or not make_block_table(seq, self.blocks): return None
         self.waiting.pop()
         seq.status = SequenceStatus.RUNNING
         insort(self.running, seq, key=lambda s: s.rank)
