@@ -36,13 +36,13 @@ class WaitingQueue:
         "Remove and return the sequence with the smallest rank."
         return heappop(self.heap)[1]
 
-# %% ../../nbs/03_batching.ipynb #19660ac2
+# %% ../../nbs/03_batching.ipynb #18400cc1
 def check_fits(
     seq: Sequence, # a new one
     blocks: BlockManager, # the pool
 ) -> None:
     "Raise `BadInput` if the pool could not hold all tokens of a sequence that runs alone."
-    num_output = max(seq.params.max_tokens, bool(seq.num_to_score))
+    num_output = max(seq.params.max_tokens, bool(seq.num_to_score))    # 0: nothing is computed
     most = seq.num_prompt + num_output - 1    # the last token is never computed
     pool = (len(blocks.pool.blocks) - 1) * blocks.block_size
     if most <= pool: return
