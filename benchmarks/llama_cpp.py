@@ -26,7 +26,7 @@ from pathlib import Path
 import tinyvllm  # noqa: F401  picks device and compiler before tinygrad looks
 from common import QUIET, RESULTS, in_turn, output, quiet_sample, tinyvllm_bench, write_row
 from tinyvllm.measure import machine_name, read_bandwidth
-from tinyvllm.models.weights import cache_dir, resolve
+from tinyvllm.models.hub import cache_dir, resolve
 
 FORMATS = 'Q4_0', 'Q4_1', 'Q8_0', 'F16', 'F32'
 CONTEXT, TOKENS, PROMPT = 64, 32, 512

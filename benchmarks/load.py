@@ -25,7 +25,8 @@ import tinyvllm  # picks device and compiler before tinygrad looks
 from common import RESULTS, write_row
 from tinygrad import Device, Tensor, dtypes
 from tinyvllm.measure import machine_name, peak_memory
-from tinyvllm.models.weights import open_checkpoint, resolve, save_safetensors
+from tinyvllm.models.weights import open_checkpoint, save_safetensors
+from tinyvllm.models.hub import resolve
 
 OUT = RESULTS / 'load.jsonl'
 RUNS, POINTS = 3, 60

@@ -105,7 +105,7 @@ def place(chapter, before):
     "Where a chapter stands, as a line of Markdown."
     name, _, what = chapter.part.partition(': ')
     back = f' Before this: {before.link}.' if before else ''
-    module = f' It exports `tinyvllm.{chapter.module}`.' if chapter.module else ''
+    module = f' This chapter exports `tinyvllm.{chapter.module}`.' if chapter.module else ''
     return f'**{name}, {what}.**{back}{module}'
 
 
