@@ -124,7 +124,7 @@ def draw(graph):
             (_, high), (_, low) = edge[box], edge[other]
             axes.annotate('', (0.785, low + 0.1), (0.785, high - 0.1), arrowprops=dict(
                 arrowstyle='->', color='#888', connectionstyle=f'arc3,rad={-0.18 - 0.03 * (high - low)}'))
-    axes.text(0.99, len(LEVELS) - 0.7, 'arrow: imports\n(what follows from\nothers left out)', fontsize=7, ha='right', va='top', color='#666')
+    axes.text(0.99, len(LEVELS) - 0.7, 'arrow: imports from\nthat level (what\nfollows left out)', fontsize=7, ha='right', va='top', color='#666')
     axes.set(xlim=(0, 1), ylim=(-0.5, len(LEVELS) - 0.5))
     axes.axis('off')
     figure.tight_layout()
