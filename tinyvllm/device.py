@@ -99,7 +99,7 @@ def best_compiler() -> str | None:
 
 
 def is_clang(compiler: str) -> bool:
-    "Does it go by the name of clang, or say so?"
+    "Is it clang, by its name or by its version text?"
     name = Path(shutil.which(compiler) or compiler).resolve().name
     return 'clang' in name or name.startswith('zig-cc-') or 'clang' in first_line(compiler)
 
@@ -127,7 +127,7 @@ def writable_dir() -> Path:
 
 
 def zig_wrapper() -> str | None:
-    "A script that plays clang for tinygrad and runs the ziglang wheel; None without the wheel."
+    "Make a script that tinygrad calls as clang and that runs the ziglang wheel; None without the wheel."
     spec = importlib.util.find_spec('ziglang')
     zig = Path(spec.origin).with_name('zig') if spec and spec.origin else None
     if not zig or not zig.exists():
@@ -233,7 +233,7 @@ def cpu_facts() -> str:
 
 
 def compiler_name() -> str:
-    "What a person calls the compiler: `zig 0.17.1 (ziglang wheel)`, or what its `--version` says."
+    "The compiler's name for people: `zig 0.17.1 (ziglang wheel)`, or the first line of its `--version`."
     compiler = os.environ.get('CC') or 'clang'
     if Path(compiler).name.startswith('zig-cc-'):
         from importlib.metadata import version

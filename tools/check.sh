@@ -25,4 +25,4 @@ say 'site'
 python tools/docs.py --engine smalldocs --strict
 
 say 'tests: everything in tests/, with each notebook in a Jupyter kernel'
-python -m pytest -q -n 2 --durations=10 tests "$@"
+python -m pytest -q -n 2 --dist worksteal --durations=10 tests "$@"

@@ -30,7 +30,7 @@ PROMPTS = ('prompt', 'prompt_token_ids', 'messages')  # a line has one of these,
 PARAMS = tuple(f.name for f in fields(SamplingParams))  # and any of these
 START = b'{"line": '  # how each line of answers begins
 HELD = 8  # lines between reading and writing, for each that may be in the engine
-Line = tuple[int, bytes]  # its number and what it says
+Line = tuple[int, bytes]  # its number and its content
 
 
 @dataclass
@@ -178,7 +178,7 @@ def parse(text: bytes) -> dict:
 
 
 def parse_request(
-    given: dict,  # what a line says
+    given: dict,  # the JSON object of a line
     params: SamplingParams,  # for what it does not say
     tokenizer: Tokenizer,  # has the chat template
 ) -> tuple[str | list[int], SamplingParams]:  # the prompt, and how to answer it
@@ -235,7 +235,7 @@ def as_dict(out: CompletionOutput) -> dict:
 class Entry:
     "A line between reading and writing."
     line: int
-    given: dict = field(default_factory=dict)  # what it says
+    given: dict = field(default_factory=dict)  # its JSON object
     record: dict | None = None  # what will be written; None while the engine works
 
 

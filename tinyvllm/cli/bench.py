@@ -14,7 +14,7 @@ examples:
   tinyvllm bench decode --batch 1 8 --context 200  decoding alone, and what it costs
   tinyvllm bench prefill --context 512             reading a prompt
   tinyvllm bench serve-trace --scale 0.1           many requests, latencies by percentile
-`tinyvllm bench decode --help` and so on tell the options of each."""
+`tinyvllm bench decode --help` and so on show the options of each."""
 
 LADDER_EXAMPLES = """\
 examples:
@@ -28,7 +28,7 @@ examples:
   tinyvllm bench decode                            one sequence behind a prompt of 128 tokens
   tinyvllm bench decode --batch 1 8 32 --plot speed.png
   tinyvllm bench decode --model tinyllama-1.1b --batch 32 --context 200 --json
-The prompts are read first and not timed. Then every sequence says --tokens tokens, all in step."""
+The prompts are read first and not timed. Then every sequence generates --tokens tokens, all in the same steps."""
 
 PREFILL_EXAMPLES = """\
 examples:

@@ -56,7 +56,7 @@ def generate_options(p: Parser) -> None:
 
 def chat_options(p: Parser) -> None:
     "A model and how to sample."
-    p.add_argument('--system', metavar='TEXT', help='what the model is told first')
+    p.add_argument('--system', metavar='TEXT', help='a system message before the conversation')
     model_options(p)
     sampling_options(p, max_tokens=512)
 

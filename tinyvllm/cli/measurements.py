@@ -69,7 +69,7 @@ class Workload:
 
 def measure_rung(
     rung: str,  # a key of `RUNGS`
-    model: Llama,  # on its device; says which tokens are right
+    model: Llama,  # on its device; computes the right tokens
     work: Workload,  # what to compute
     repeat: int = 3,  # measured runs; one more comes first and compiles
     name: str = '',  # of the model
@@ -212,7 +212,7 @@ def agreement(
     prompts: list[list[int]],
     answers: list[list[int]],  # greedy ones, of another engine
 ) -> dict:
-    "How often the reference would say the same, and how far below its favourite the worst choice was."
+    "How often the reference chooses the same token, and how far below its best logit the worst choice was."
     equal, gaps = [], []
     for prompt, answer in zip(prompts, answers):
         logits = answer_logits(reference, prompt, answer)
@@ -287,10 +287,10 @@ def begin(engine: LLMEngine, prompts: list[list[int]], max_tokens: int) -> list[
 
 def step(engine: LLMEngine) -> int:
     "One step; returns how many requests ended. Raises what one of them failed with."
-    news = engine.step()
-    for out in news:
+    outputs = engine.step()
+    for out in outputs:
         if out.error: raise out.error
-    return sum(out.finished for out in news)
+    return sum(out.finished for out in outputs)
 
 
 def end(engine: LLMEngine) -> None:
@@ -302,7 +302,7 @@ def end(engine: LLMEngine) -> None:
 
 
 def decode(engine: LLMEngine, prompts: list[list[int]], load: Load) -> Run:
-    "Read the prompts, then time `load.tokens` steps in which all sequences speak."
+    "Read the prompts, then time `load.tokens` steps in which all sequences decode."
     answers = begin(engine, prompts, load.sizes['max_model_len'] - load.context)
     while not all(answers):
         step(engine)
@@ -457,12 +457,12 @@ def serve(engine: LLMEngine, trace: list[tuple], desc: str = 'trace') -> tuple[R
 
 
 def percentiles(seconds: list[float]) -> dict:
-    "In milliseconds."
+    "The 50th, 90th and 99th percentile, in milliseconds."
     return {f'p{p}': round(float(np.percentile(seconds, p)) * 1e3, 2) if seconds else None for p in (50, 90, 99)}
 
 
 def latencies(watches: list[Stopwatch]) -> dict:
-    "To the first token, between tokens, to the last token."
+    "Percentiles of the times to the first token, between tokens, and to the last token, in milliseconds."
     stamps = [w.stamps for w in watches]
     return dict(ttft_ms=percentiles([s[1] - s[0] for s in stamps]),
                 between_ms=percentiles([float(gap) for s in stamps for gap in np.diff(s[1:])]),

