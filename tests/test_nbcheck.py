@@ -100,6 +100,7 @@ CHANGES = {
     'address': ('value', code('o, 1', shown('<object at 0x7f0123456789>')), '0x7f0123456789'),
     'not executed': ('value', code('double(2), 1'), 'stores none'),
     'unfinished': ('The idea', md('## The idea\n\nTODO'), 'TODO left'),
+    'linked name': ('The idea', md('## The idea\n\nSee [`LLM`](04d_llm.ipynb).'), 'links `names` itself'),
     'two solutions': ('solution b', md('no code'), '2 solutions'),
     'open solution': ('solution b', code('#| code-summary: "Solution"\nassert True'), 'a solution is folded'),
     'solution unchecked': ('solution b', code('#| code-fold: true\n#| code-summary: "Solution"\nx = 1'), 'checks itself'),

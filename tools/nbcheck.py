@@ -224,6 +224,12 @@ def executed(cells):
             yield i, 'ends in a value and stores none: run tools/run_nbs.py'
 
 
+def linked_names(cells):
+    for i, c in enumerate(cells):
+        if c.kind == 'markdown' and (found := re.search(r'\[[^\]\[]*`[^\]]*\]\([^)]*\.ipynb[^)]*\)', c.source)):
+            yield i, f'{found[0]}: the site links `names` itself, and a link in a link breaks both'
+
+
 def unfinished(cells):
     for i, c in enumerate(cells):
         if found := re.search(r'\b(TODO|FIXME|XXX)\b', c.source):
@@ -251,7 +257,7 @@ def figures(cells):
         yield 0, f'{len(drawn)} figures: at least two'
 
 
-EVERY = [sizes, directives, imports_alone, package_first, ends_with_export, outputs, executed, unfinished]
+EVERY = [sizes, directives, imports_alone, package_first, ends_with_export, outputs, executed, unfinished, linked_names]
 COURSE = [has_title, has_sections, has_prose]  # of chapters and appendices
 CHAPTER = [exercises, figures]
 
