@@ -36,14 +36,13 @@ def imported(name, node, is_package):
     return [prefix] + [f'{prefix}.{alias.name}'.lstrip('.') for alias in node.names]
 
 
-def imports(lazy=False):
-    "From each module to the modules that it imports when it is loaded; with `lazy` also inside functions."
+def imports():
+    "From each module to the modules that it imports when it is loaded; imports inside functions aside."
     trees = sources()
     packages = {name.rpartition('.')[0] for name in trees}
     graph = {}
     for name, tree in trees.items():
-        nodes = ast.walk(tree) if lazy else top_level(tree)
-        found = {m for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))
+        found = {m for node in top_level(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
                  for m in imported(name, node, name in packages)}
         graph[name] = sorted(found & trees.keys() - {name} - packages)
     return {name: found for name, found in graph.items() if name not in packages or found}

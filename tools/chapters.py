@@ -81,7 +81,7 @@ def course(chapters):
         yield f'{heading}**{name}**\n\n' + '\n'.join(f'- {c.number} {c.link}: {c.promise}' for c in members)
 
 
-def write_quarto(chapters, path=ROOT / '_quarto.yml'):
+def write_quarto(chapters, path):
     "Replace the contents of the sidebar."
     text = path.read_text(encoding='utf-8')
     head, _, rest = text.partition('    contents:\n')
@@ -89,7 +89,7 @@ def write_quarto(chapters, path=ROOT / '_quarto.yml'):
     path.write_text(f'{head}    contents:\n{sidebar(chapters)}\n{tail}', encoding='utf-8')
 
 
-def write_index(chapters, path=ROOT / 'nbs/index.ipynb'):
+def write_index(chapters, path):
     "Replace the cells from `## The course` to the next heading."
     notebook = read_notebook(path)
     cells, sources = notebook['cells'], [''.join(c['source']) for c in notebook['cells']]
@@ -138,12 +138,18 @@ def write_chapter(chapter, before, after):
         write_notebook(chapter.path, notebook)
 
 
-def main():
-    chapters = all_chapters()
-    write_quarto(chapters)
-    write_index(chapters)
+def write_all(folder=ROOT):
+    "Write everything that follows from the order of the notebooks in `folder`/nbs; returns the chapters."
+    chapters = all_chapters(folder / 'nbs')
+    write_quarto(chapters, folder / '_quarto.yml')
+    write_index(chapters, folder / 'nbs/index.ipynb')
     for before, chapter, after in zip([None, *chapters], chapters, [*chapters[1:], None]):
         write_chapter(chapter, before, after)
+    return chapters
+
+
+def main():
+    chapters = write_all()
     print(f'{len(chapters)} chapters in {len(by_part(chapters))} parts')
 
 
