@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip('fastapi')
 pytest.importorskip('uvicorn')
 
+from support.engines import eventually  # noqa: E402
 import tinyvllm  # noqa: E402
 from tinyvllm import LLM, BadInput  # noqa: E402
 from tinyvllm.server.app import AppState, ServerArgs, make_app, router  # noqa: E402
@@ -69,10 +70,8 @@ def healthy(server): return ask(server, '/health')[0] == 200
 
 
 def free(engine, n=63):
-    end = time.monotonic() + PATIENCE
-    while engine.scheduler.blocks.num_free != n or engine.scheduler.sequences:
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    "Wait until no request is left and `n` blocks are free."
+    eventually(lambda: engine.scheduler.blocks.num_free == n and not engine.scheduler.sequences)
     return True
 
 

@@ -8,6 +8,8 @@ from importlib.resources import files
 
 import pytest
 
+from support.engines import eventually
+
 PAGE = files('tinyvllm.server') / 'static/index.html'
 try: from tinyvllm.server.info import load_page as served    # with the policy that the server sends
 except ImportError: served = lambda: (PAGE.read_bytes(), {})
@@ -441,7 +443,7 @@ def test_with_the_real_server(visit, endless):
         page.keyboard.press('Escape')
         answer(page)
         until(page, 'document.querySelector("#v-running").textContent === "0"')
-        assert llm.engine.scheduler.blocks.num_free == 63    # all but the null block
+        eventually(lambda: llm.engine.scheduler.blocks.num_free == 63)    # all but the null block
         page.locator('#top_k').fill('9999999999999')
         ask(page, 'ghi')
         page.locator('[role=alert]').wait_for()

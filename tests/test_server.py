@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip('fastapi')
 pytest.importorskip('uvicorn')
 
+from support.engines import eventually  # noqa: E402
 from tinyvllm import LLM  # noqa: E402
 from tinyvllm.cli.main import main  # noqa: E402
 from tinyvllm.server.app import AppState, ServerArgs  # noqa: E402
@@ -108,14 +109,6 @@ def chunks(response):
 
 
 def stream(server, path, body): return chunks(begin(server, path, body | dict(stream=True)).getresponse())
-
-
-def eventually(fn):
-    "Wait until it is so."
-    end = time.monotonic() + PATIENCE
-    while not fn():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def idle(server, engine):

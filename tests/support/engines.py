@@ -1,4 +1,7 @@
 "Tiny models, a tokenizer of letters, and greedy decoding as the oracle, for tests of the engine."
+import time
+from collections.abc import Callable
+
 import pytest
 
 from tinyvllm.reference.generate import bucket
@@ -45,6 +48,14 @@ def is_greedy(model, prompt, tokens):
     size = bucket(len(ids) - 1)
     logits = model(InputBatch.of(ids[:-1], size=size, rows=list(range(size))), NoCache(), dense_attend).numpy()
     return logits[n - 1:len(ids) - 1].argmax(-1).tolist() == tokens
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
+    "Wait until a condition holds that another thread brings about; fails after `seconds`."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(0.005)
 
 
 def all_free(llm):
