@@ -11,6 +11,8 @@ alignment, races, uninitialised threadgroup memory; each complaint names the lin
     lint(source)                                                # what Metal's own compiler refuses
     with counting() as counts:                                  # who ran, reads, writes and bytes
         add([a, b, out, len(a)], grid=(4,), threads=(256,))
+    with capturing() as sources:                                # what tinygrad compiles and runs
+        Tensor.ones(4, device='METAL').realize()
 
 `install()` goes further: with it tinygrad's own Metal renderer, scheduler, TinyJit and graph run
 here unchanged. `import tinyvllm` calls it wherever there is no Metal, so that `DEV=METAL`,
@@ -33,7 +35,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 _HOMES = {'Library': 'kernel', 'Kernel': 'kernel', 'MetalError': 'compiler', 'MetalCompileError': 'compiler',
-          'lint': 'linter', 'verify': 'checks', 'counting': 'counts'}
+          'lint': 'linter', 'verify': 'checks', 'counting': 'counts',
+          'capturing': 'capture'}
 __all__ = [*_HOMES, 'install']
 
 RUNTIME = 'tinygrad.runtime.ops_metal'  # the module that tinygrad imports when METAL is first used

@@ -15,6 +15,7 @@ from tinygrad.engine.jit import GraphRunner
 from tinygrad.helpers import PARALLEL
 from tinygrad.renderer.cstyle import MetalRenderer
 
+from tinyvllm.metalsim.capture import note_source
 from tinyvllm.metalsim.compiler import MetalCompileError, MetalError, compiler, library
 from tinyvllm.metalsim.counts import note_graph
 from tinyvllm.metalsim.kernel import DTYPES, RED_ZONE, Library
@@ -43,6 +44,7 @@ class MetalCompiler(Compiler):
 
     def compile(self, src: str) -> bytes:
         "Raises `CompileError` with the line numbers of the source."
+        note_source(src)
         complaints = lint(src) if knob('METALSIM_LINT', '0') else []
         if complaints:
             raise CompileError('\n'.join(complaints))
@@ -126,6 +128,7 @@ class MetalProgram(Program):
         local_size, # threads in one
     ) -> None:
         "Run the kernel, under the rules of a command encoder. Raises `MetalError`."
+        note_source(self.kernel.library.source)
         if any(not float(n).is_integer() for n in global_size):
             raise MetalError(f'{self.name}: global size {global_size} is not whole')
         if prod(local_size) > self.max_total_threads:
