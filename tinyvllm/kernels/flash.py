@@ -35,7 +35,7 @@ inlined Tile find_tile(device const int* starts, device const int* sizes, int or
 #define SLOT(at) ((tables[table + (at) / S] * S + (at) % S) * (long)(KV * D) + kv * D)
 '''
 
-# %% ../../nbs/08_flash.ipynb #403f7f1b
+# %% ../../nbs/08_flash.ipynb #f6abd294
 FLASH_TILED = Kernel(TILE + r'''
 kernel void flash_tiled(device T* o, device const T* q, device const T* k, device const T* v,
     device const int* tables, device const int* owners, device const int* positions,
@@ -55,7 +55,7 @@ kernel void flash_tiled(device T* o, device const T* q, device const T* k, devic
   const int table = owners[tile.first] * tile.width;
 
 #define COLUMNS ((D + 31) / 32)            /* of a lane: lane, lane + 32, ... */
-  threadgroup T queries[SIMDS * ROWS][D], pool[32][D + 4];        // keys, then values
+  alignas(16) threadgroup T queries[SIMDS * ROWS][D], pool[32][D + 4];  // keys, then values
   const int mine = simd * ROWS;                                   // first row of the simdgroup
   float top[ROWS], sum[ROWS], total[ROWS][COLUMNS];
   for (int r = 0; r < ROWS; r++) {
@@ -113,7 +113,7 @@ kernel void flash_tiled(device T* o, device const T* q, device const T* k, devic
   }
 }''')
 
-# %% ../../nbs/08_flash.ipynb #1aebc499
+# %% ../../nbs/08_flash.ipynb #a64e638b
 FLASH_MATRIX = Kernel(TILE + r'''
 kernel void flash_matrix(device T* o, device const T* q, device const T* k, device const T* v,
     device const int* tables, device const int* owners, device const int* positions,
@@ -132,7 +132,7 @@ kernel void flash_matrix(device T* o, device const T* q, device const T* k, devi
   const int past = positions[tile.first], last = past + (rows - 1) / HEADS;
   const int table = owners[tile.first] * tile.width;
 
-  threadgroup half keys[STAGES][KEYS][D + 8], values[STAGES][KEYS][D + 8];
+  alignas(16) threadgroup half keys[STAGES][KEYS][D + 8], values[STAGES][KEYS][D + 8];
   const int row = simd * 8 + (lane / 4 & 4) + lane / 2 % 4;         // Apple's layout of a lane's
   const int column = (lane / 4 & 2) * 2 + lane % 2 * 2;             // two elements of 8 x 8
   simdgroup_half8x8 query[D / 8];

@@ -168,7 +168,7 @@ def fill_in(
         template = template.replace(word, text)
     return template
 
-# %% ../../nbs/08a_linear_gpu.ipynb #ec81ea42
+# %% ../../nbs/08a_linear_gpu.ipynb #fbd0120a
 LANES = r'''
 #define value(x) float(x)
 inlined float silu(float x) { return x / (1.0f + exp(-x)); }
@@ -191,7 +191,7 @@ kernel void linear_lanes(PARAMETERS, uint2 group [[threadgroup_position_in_grid]
     if (lane * STEP < K) next[r] = piece_at(WEIGHTS, rows[r], lane * STEP);
   }
 #if NORM
-  threadgroup T scaled[TOKENS][K];
+  alignas(16) threadgroup T scaled[TOKENS][K];
   threadgroup float squares[SIMDS][TOKENS];
   for (int t = 0; t < TOKENS; t++) {
     float sum = 0.0f;

@@ -92,7 +92,7 @@ linear_tiles(PARAMETERS) {
       }
 }'''
 
-# %% ../../nbs/08c_linear_tiles.ipynb #7d4cbd7a
+# %% ../../nbs/08c_linear_tiles.ipynb #e463d4b7
 MATRIX = r'''
 #define value(x) float(x)
 inlined float silu(float x) { return x / (1.0f + exp(-x)); }
@@ -107,7 +107,7 @@ kernel void linear_tiles(PARAMETERS, uint2 group [[threadgroup_position_in_grid]
     uint lane_ [[thread_index_in_simdgroup]], uint simd_ [[simdgroup_index_in_threadgroup]]) {
   const int lane = lane_, simd = simd_, me = simd * 32 + lane;
   const int t0 = group.x * BM, n0 = group.y * RESULTS;
-  threadgroup float pool[ROOM];                                  // halves first, sums at the end
+  alignas(16) threadgroup float pool[ROOM];                      // halves first, sums at the end
   threadgroup half* xs = (threadgroup half*)pool;                // [BM][WIDTH]
   threadgroup half* ws = xs + BM * WIDTH;                     // [BN][WIDTH]
   const int mine = simd / WN * (BM / WM), other = simd % WN * (BN / WN);

@@ -18,6 +18,7 @@ MEETING = re.compile(r'\b(simd_\w+|simdgroup_\w+|quad_\w+|threadgroup_barrier|ma
                      r'|\bthreadgroup\b\s+[A-Za-z_]|simdgroup_\w+8x8|simdgroup_matrix')
 ATTRIBUTE = re.compile(r'\[\[\s*(?!unlikely|likely|fallthrough|maybe_unused)[a-z_]+\s*'
                        r'(?:\([^\]]*\))?\s*(?:,[^\]]*)?\]\]')
+THREADGROUP = re.compile(r'(?:\balignas\s*\([^)]*\)\s*)*\bthreadgroup\b(?!_)')
 VARIABLE = re.compile(r'\s*(?:const\s+)?(.*?)([A-Za-z_]\w*)\s*((?:\[[^\]]*\]\s*)*)\s*$', re.DOTALL)
 FLAT = '''extern "C" void msl_flat_{name}(void* const* b, const uint* n, const uint* t) {{
   msl_thread c;
@@ -163,7 +164,7 @@ def rewritten(source: str) -> str:
     """
     text = strip_comments(source)
     out, done = [], 0
-    for m in re.finditer(r'\bthreadgroup\b(?!_)', text):
+    for m in THREADGROUP.finditer(text):
         if m.start() < done:
             continue
         end = declaration_end(text, m.end())
