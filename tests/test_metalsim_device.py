@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from tinygrad.uop.ops import ProgramInfo
 from tinyvllm.engine.llm import LLM
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.metalsim import MetalError, counting
+from tinyvllm.metalsim.command_buffers import to_ns_str, wait_check
+from tinyvllm.runner.graphs import Replay
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.models.weights import tiny_checkpoint
 
@@ -240,6 +243,67 @@ def test_environment_variables(monkeypatch):
         groups_once(text=edited(GROUPS, 'kernel', helper))[0].realize()
     code = 'import tinyvllm; from tinygrad import Device; print(bool(Device["METAL"].renderer.tensor_cores))'
     assert [run(code, METALSIM_ARCH=arch).stdout for arch in ('Apple6', 'Apple7')] == ['False\n', 'True\n']
+
+
+# ---------------------------------------------------------------- what dies with a thread
+
+def in_thread(call, name='short-lived'):
+    "What `call` returns on a thread of its own, which has ended then."
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()), name=name)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def add_one():
+    return (metal(np.arange(4)) + 1).tolist()
+
+
+def test_a_thread_that_used_metal_must_not_end():
+    "Its pool releases what tinygrad has released: the use after that is told once, whoever it is."
+    assert in_thread(add_one) == [1, 2, 3, 4]
+    with pytest.raises(MetalError, match='the autorelease pool of thread short-lived drained when it ended'):
+        Device['METAL'].synchronize()
+    assert add_one() == [1, 2, 3, 4]
+
+
+def test_a_thread_that_lives_may_be_followed_by_others():
+    "A parked thread keeps its pool; so does one that never used METAL."
+    done, park = threading.Event(), threading.Event()
+    parked = threading.Thread(target=lambda: (add_one(), done.set(), park.wait()), daemon=True)
+    parked.start()
+    done.wait()
+    in_thread(lambda: sum(range(10)))
+    assert add_one() == [1, 2, 3, 4]
+    park.set()
+    parked.join()
+    with pytest.raises(MetalError, match='drained'):
+        Device['METAL'].synchronize()
+
+
+@pytest.mark.parametrize('use', [
+    lambda graph: wait_check(graph.command_buffer), lambda graph: graph.command_buffer.label, lambda graph: graph((), {})],
+    ids=['waiting', 'its label', 'a replay'])
+def test_a_graph_whose_command_buffer_died(use):
+    x = metal(np.arange(4))
+    replay = Replay(lambda: ((x + 1).contiguous().realize() * 2).contiguous().realize())
+    in_thread(replay, 'warm-up')
+    with pytest.raises(MetalError, match='crashed: the autorelease pool of thread warm-up'):
+        Device['METAL'].synchronize()
+    with pytest.raises(MetalError, match="MTLCommandBuffer 'batched 2' is used .* pool of thread warm-up drained"):
+        use(replay.graph)
+    Device['METAL'].mtl_buffers_in_flight.clear()
+
+
+def test_strings_are_kept_for_all_threads_and_die_with_one():
+    assert to_ns_str('one name') is to_ns_str('one name')
+    in_thread(lambda: to_ns_str('another name'))
+    with pytest.raises(MetalError, match="NSString 'another name' is used after its end: .* short-lived drained"):
+        to_ns_str('another name').text
+    with pytest.raises(MetalError, match='drained when it ended, and released 1 objects'):
+        Device['METAL'].synchronize()
+    assert to_ns_str('another name').text == 'another name'
 
 
 # ---------------------------------------------------------------- a transformer, and the engine
