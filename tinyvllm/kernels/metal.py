@@ -14,6 +14,7 @@ from importlib.resources import files
 from subprocess import CalledProcessError
 from threading import Lock
 from ..errors import BadInput
+from .recording import note_call
 from ..metalsim.source import Parameter, Signature, rewritten, signatures
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import CompileError
@@ -295,6 +296,7 @@ class Kernel:
             grid = threads = (1,)    # its text does all the work in one call
         source = self.source(device, prod(threads), constants)
         check_compiles(kernel.name, source, device)
+        note_call(self, source)    # `tinyvllm doctor` asks what an engine has called
         size = sum(t.nbytes() for t in tensors) if nbytes is None else nbytes
         outs = call_kernel(kernel, source, tensors, grid, threads, Estimates(ops, size, size))
         return outs[0] if len(outs) == 1 else outs
