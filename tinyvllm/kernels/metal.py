@@ -32,6 +32,7 @@ METAL_PRELUDE = """\
 #include <metal_stdlib>
 using namespace metal;
 #define inlined static inline
+#define unrolled _Pragma("unroll")
 #define follow()
 """
 C_PRELUDE = """

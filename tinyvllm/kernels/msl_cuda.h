@@ -6,6 +6,7 @@
 #pragma nv_diag_suppress 177  // a kernel uses only some of these
 #define MSL static __device__ __forceinline__
 #define inlined MSL  // in front of a helper function
+#define unrolled _Pragma("unroll")  // in front of a loop
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif
