@@ -1,5 +1,6 @@
 "Kernels from Metal source, run on numpy arrays or on raw addresses."
 import ctypes
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ DTYPES = {'int': 'i4', 'int32_t': 'i4', 'uint': 'u4', 'uint32_t': 'u4', 'long': 
           'uint64_t': 'u8', 'short': 'i2', 'ushort': 'u2', 'char': 'i1', 'uchar': 'u1', 'bool': 'u1',
           'half': 'f2', 'float': 'f4'}
 RED_ZONE, RED = 4096, 0xA5  # bytes kept free on both sides of an array, and what they hold
-RACE_LIMIT = 1 << 24  # buffers above it have no access history: that takes 28 bytes for each byte
+RACE_LIMIT = 1 << 24  # bytes; larger buffers have no access history: that takes 28 bytes for each byte
+FLUSH = os.environ.get('METALSIM_FLUSH', '1') != '0'  # see `Kernel.launch`
 DYNAMIC = 8  # threadgroup parameters: [[threadgroup(0)]] to [[threadgroup(7)]]
 LOCK = threading.Lock()  # the runtime is one machine: one dispatch at a time
 
@@ -27,17 +29,21 @@ LOCK = threading.Lock()  # the runtime is one machine: one dispatch at a time
 class Binding(ctypes.Structure):
     "A buffer as rt.cpp sees it."
     _fields_ = [('ptr', ctypes.c_void_p), ('size', ctypes.c_uint64), ('name', ctypes.c_char_p),
-                ('writable', ctypes.c_int), ('race', ctypes.c_int),
-                *((name, ctypes.c_uint64) for name in Traffic._fields)]
+                ('writable', ctypes.c_uint64), *((name, ctypes.c_uint64) for name in Traffic._fields)]
+
+
+class Word(ctypes.Structure):
+    "The addresses of a word that announces the rest of its buffer, and the buffer's index."
+    _fields_ = [('lo', ctypes.c_void_p), ('hi', ctypes.c_void_p), ('buffer', ctypes.c_uint)]
 
 
 class Launch(ctypes.Structure):
     "The arguments of `msl_launch` in rt.cpp."
     _fields_ = [('entry', ctypes.c_void_p), ('buffers', ctypes.c_void_p), ('bindings', ctypes.c_void_p),
                 ('count', ctypes.c_uint), ('ntg', ctypes.c_uint * 3), ('tgsz', ctypes.c_uint * 3),
-                ('order', ctypes.c_int), ('check', ctypes.c_int), ('strict', ctypes.c_int), ('fill', ctypes.c_int),
-                ('seed', ctypes.c_uint64), ('dynamic', ctypes.c_uint32 * DYNAMIC),
-                ('image_lo', ctypes.c_void_p), ('image_hi', ctypes.c_void_p)]
+                *((name, ctypes.c_int) for name in ('order', 'check', 'strict', 'fill', 'flat', 'flush')),
+                ('seed', ctypes.c_uint64), ('race_limit', ctypes.c_uint64), ('dynamic', ctypes.c_uint32 * DYNAMIC),
+                ('image_lo', ctypes.c_void_p), ('image_hi', ctypes.c_void_p), ('word', Word)]
 
 
 class Library:
@@ -123,22 +129,23 @@ class Kernel:
         seed: int = 1, # of the shuffling
         strict: bool = True, # lanes that have returned may not miss a collective
         dynamic: Sequence[int] = (), # bytes for [[threadgroup(0)]], [[threadgroup(1)]], ...
+        publish: tuple[int, int, int] | None = None, # index, offset, size of a word that announces its buffer
+        flush: bool = FLUSH, # denormals of single precision are zero, as on a GPU
     ) -> None:
-        "Run the kernel on addresses of memory; raises `MetalError`."
+        """Run the kernel on addresses of memory; raises `MetalError`.
+
+        Whoever polls `publish` from outside may read the rest of its buffer as soon as it is written: in check mode a
+        barrier for device memory must come between all that was written before and the word, and nothing after it.
+        """
         grid, threads = three(grid), three(threads)
         if prod(threads) > self.signature.max_threads:
             raise MetalError(f'{self.name}: {prod(threads)} threads, '
                              f'max_total_threads_per_threadgroup is {self.signature.max_threads}')
         buffers = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
-        if self.library.flat:
-            with LOCK:
-                self.function('flat')(buffers, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*threads))
-            return note(Dispatch(self.name, grid, threads))
         bindings = (Binding * max(1, len(addresses)))(*map(self.binding, range(len(addresses)), addresses, sizes))
-        dynamic = (ctypes.c_uint32 * DYNAMIC)(*dynamic)
-        entry = ctypes.cast(self.function('entry'), ctypes.c_void_p)
-        self.run(Launch(entry, ctypes.addressof(buffers), ctypes.addressof(bindings), len(addresses), grid, threads,
-                        order, self.library.check, strict, fill, seed, dynamic, *self.library.image))
+        self.run(Launch(self.entry(), ctypes.addressof(buffers), ctypes.addressof(bindings), len(addresses), grid,
+                        threads, order, self.library.check, strict, fill, self.library.flat, flush, seed, RACE_LIMIT,
+                        (ctypes.c_uint32 * DYNAMIC)(*dynamic), *self.library.image, word_of(publish, addresses)))
         note(Dispatch(self.name, grid, threads, self.traffic(bindings)))
 
     def run(self, launch: Launch) -> None:
@@ -156,20 +163,29 @@ class Kernel:
         return {p.name: Traffic(*(getattr(bindings[i], field) for field in Traffic._fields))
                 for i, p in self.slots.items() if not p.is_reference}
 
-    def function(self, kind: str):
-        "Return an entry point: `entry` runs one thread, `flat` runs them all."
-        return getattr(self.library.code, f'msl_{kind}_{self.name}')
+    def entry(self) -> ctypes.c_void_p:
+        "Return the address of the entry point that runs one thread, or all of them without fibers."
+        kind = 'flat' if self.library.flat else 'entry'
+        return ctypes.cast(getattr(self.library.code, f'msl_{kind}_{self.name}'), ctypes.c_void_p)
 
     def binding(self, index: int, address: int, size: int) -> Binding:
-        "Describe a buffer for the runtime: name, writable, and whether races are checked."
+        "Describe a buffer for the runtime: its name, and whether the kernel may write to it."
         parameter = self.slots.get(index)
-        writable = parameter is not None and parameter.writable
-        return Binding(address, size, parameter.name.encode() if parameter else b'?', writable,
-                       writable and size <= RACE_LIMIT)
+        if parameter is None:
+            return Binding(address, size, b'?', False)
+        return Binding(address, size, parameter.name.encode(), parameter.writable)
 
     def verify(self, args: list, grid: Sequence[int], threads: Sequence[int], outs: list[int], **how) -> None:
         "Run it in several orders of its threads: see `checks.verify`."
         checks.verify(self, args, grid, threads, outs, **how)
+
+
+def word_of(publish: tuple[int, int, int] | None, addresses: list[int]) -> Word:
+    "Describe the word that a launch publishes; an empty one for None."
+    if publish is None:
+        return Word()
+    index, offset, size = publish
+    return Word(addresses[index] + offset, addresses[index] + offset + size, index)
 
 
 def three(numbers: Sequence[int]) -> tuple[int, int, int]:

@@ -40,6 +40,7 @@ struct Fiber {
     State state;
     int kind;                   // of the collective it waits at
     uint line, col, flags, seq; // where it waits, and how many collectives it has seen
+    uint32_t wrote;             // when it last wrote to device memory; 0: never, or a fence came after it
 };
 struct Slot { char bytes[64]; };
 struct Simdgroup {
@@ -52,21 +53,23 @@ struct Cell { // access history of one byte: its last writer, its last two reade
     uint32_t owner; // for threadgroup memory: the threadgroup that has initialised it
 };
 struct Traffic { uint64_t reads, writes, bytes_read, bytes_written; }; // as in counts.py
-struct Region { uintptr_t lo, hi; const char* name; int writable; Traffic* traffic; };
+struct Region { uintptr_t lo, hi; const char* name; uint64_t writable; Traffic* traffic; };
 struct Span { uintptr_t lo, hi; Cell* cells; };
 struct TgVar { int id; size_t size, offset; const char* name; };
 
 // The arguments of msl_launch, as ctypes structures in kernel.py.
-struct Binding { void* ptr; uint64_t size; const char* name; int writable, race; Traffic traffic; };
+struct Word { uintptr_t lo, hi; uint buffer; }; // that announces the rest of its buffer; hi 0: there is none
+struct Binding { void* ptr; uint64_t size; const char* name; uint64_t writable; Traffic traffic; };
 struct Launch {
     void* entry;
     void* const* buffers;
     Binding* bindings;
     uint count, ntg[3], tgsz[3];
-    int order, check, strict, fill;
-    uint64_t seed;
+    int order, check, strict, fill, flat, flush; // flat: `entry` runs all threads; flush: denormals are zero
+    uint64_t seed, race_limit;                   // race_limit: bytes of the largest buffer with an access history
     uint32_t dynamic[8];
-    uintptr_t image_lo, image_hi;
+    uintptr_t image_lo, image_hi;                // where the kernel's code and constants are
+    Word word;
 };
 
 static const Launch* launch;
@@ -82,7 +85,8 @@ static Region regions[64];
 static int num_regions;
 static Span spans[64];
 static int num_spans;
-static uint num_threads, num_simds, group;   // threads and simdgroups of a threadgroup; which one runs
+static uint num_threads, num_simds;          // threads and simdgroups of a threadgroup
+static uint64_t group;                       // which one runs
 static uint32_t owner;                       // a number for it that no other has, in any launch
 static uint16_t tg_epoch, dev_epoch;         // threadgroup barriers so far
 static uint64_t random_state;
@@ -90,6 +94,7 @@ static char error[1024];
 static uintptr_t error_pc;
 static uint error_line;
 static bool failed;
+static bool published, earlier_writes; // was the launch's word written; has an earlier threadgroup written
 
 extern "C" {
 msl_thread* msl_cur;
@@ -213,6 +218,8 @@ extern "C" void msl_barrier(uint flags, uint line, uint col) {
     f->state = AT_BARRIER, f->line = line, f->col = col, f->flags = flags;
     to_scheduler(f);
 }
+// A variable has the alignment that it declares and, in check mode, no better: Metal promises no more. Code
+// without checks may use instructions that need 16 bytes for what is wrong, but works on most GPUs.
 extern "C" void* msl_tg_static(int id, size_t size, size_t align, const char* name) {
     size_t used = size;
     for (int i = 0; i < num_tg_vars; i++) {
@@ -223,7 +230,8 @@ extern "C" void* msl_tg_static(int id, size_t size, size_t align, const char* na
         set_error("threadgroup memory %zu bytes > %d", used, MAX_TG_BYTES);
         die();
     }
-    size_t offset = (arena_top + align - 1) / align * align;
+    if (!launch->check && align < 16) align = 16;
+    size_t offset = (arena_top + 2 * align - 1) / (2 * align) * (2 * align) + align;
     tg_vars[num_tg_vars++] = TgVar{id, size, offset, name};
     arena_top = offset + size + RED_ZONE;
     return arena + offset;
@@ -233,7 +241,8 @@ extern "C" void* msl_tg_dynamic(int slot) {
 }
 
 // ---------------------------------------------------------------- races and uninitialised memory
-static inline uint32_t self_id() { return group * MAX_THREADS + msl_cur->index + 1; }
+static uint32_t id_of(uint thread) { return (uint32_t)(group * MAX_THREADS + thread + 1); }
+static inline uint32_t self_id() { return id_of(msl_cur->index); }
 static void describe(uint32_t id, char* text, size_t size) {
     uint index = --id % MAX_THREADS;
     snprintf(text, size, "threadgroup #%u thread #%u (simdgroup %u lane %u)", id / MAX_THREADS, index,
@@ -329,8 +338,33 @@ static const Region* region_of(const Access& a) { // the strictest one, where a 
     }
     return found;
 }
+// A word that announces data to a reader outside of the launch: what was written before it is ordered by a
+// barrier for device memory, and nothing of its buffer is written after it.
+static void check_published(const Access& a) {
+    const Word& w = launch->word;
+    const Binding& b = launch->bindings[w.buffer];
+    Fiber* self = current();
+    uint32_t now = epoch_of(dev_epoch, simds[self->t.simd].dev_epoch);
+    bool is_word = a.at < w.hi && a.at + a.size > w.lo;
+    if (is_word && earlier_writes)
+        bad(a.pc, "publication of '%s': another threadgroup has written, and no barrier orders that before it", b.name);
+    for (uint i = 0; is_word && i < num_threads; i++) {
+        uint32_t wrote = fibers[i].wrote;
+        if (wrote && (&fibers[i] == self ? wrote == now : conflict(id_of(i), wrote, self_id(), now)))
+            bad(a.pc, "publication of '%s': thread #%u has written to device memory, with no barrier for it between",
+                b.name, i);
+    }
+    if (is_word) published = true;
+    else if (published && a.at - (uintptr_t)b.ptr < b.size)
+        bad(a.pc, "write of '%s' byte %zu after its publication", b.name, (size_t)(a.at - (uintptr_t)b.ptr));
+    else self->wrote = now;
+}
+extern "C" void msl_fence(uint flags) { // orders what this thread has written, for whoever reads its next write
+    if (flags & MEM_DEVICE) current()->wrote = 0;
+}
 static void check_device(const Access& a, const Region& r, bool race) {
     if (a.write && !r.writable) bad(a.pc, "write to read-only buffer '%s'", r.name);
+    if (a.write && launch->word.hi) check_published(a);
     if (a.write) r.traffic->writes++, r.traffic->bytes_written += a.size;
     else r.traffic->reads++, r.traffic->bytes_read += a.size;
     for (int i = 0; race && i < num_spans; i++) {
@@ -416,6 +450,88 @@ void* __tsan_memset(void* to, int value, size_t n) {
 void* __wrap_memcpy(void*, const void*, size_t) __attribute__((alias("__tsan_memcpy")));
 void* __wrap_memmove(void*, const void*, size_t) __attribute__((alias("__tsan_memmove")));
 void* __wrap_memset(void*, int, size_t) __attribute__((alias("__tsan_memset")));
+}
+
+// ---------------------------------------------------------------- what the processor and the compiler notice
+// x86 raises a signal for an integer division by zero, and of the smallest number by -1; aarch64 does not. The
+// compiler puts a trap where an access through a pointer leaves a thread's array or a constant one.
+enum { SIGNAL_FPE = 8, WITH_CONTEXT = 4 };
+static const int SIGNALS[] = {4, 5, SIGNAL_FPE}; // SIGILL and SIGTRAP: the compiler's trap
+struct Action { void (*handler)(int, void*, void*); unsigned long mask[16]; int flags; void (*restorer)(); };
+extern "C" int sigaction(int, const Action*, Action*);
+static uintptr_t fault_pc;
+static int fault_signal;
+
+#if defined(__x86_64__)
+struct Context { char before[40]; uint64_t r8_to_rbx[12], rdx, rax, rcx, sp, pc; }; // ucontext_t
+static uint float_mode() { return __builtin_ia32_stmxcsr(); }
+static void set_float_mode(uint mode) { __builtin_ia32_ldmxcsr(mode); }
+enum { FLUSH = 1 << 15 | 1 << 6 }; // results and operands of single precision; halves are kept
+static void skip_division(Context* c) { // quotient and remainder are 0
+    const uint8_t* p = (const uint8_t*)c->pc;
+    bool is_short = false;
+    for (; *p == 0x66 || (*p & 0xf0) == 0x40; p++) is_short |= *p == 0x66; // prefixes
+    bool is_byte = *p == 0xf6;                                             // the opcode, else 0xf7
+    uint mode = p[1] >> 6, base = p[1] & 7;                                // how the divisor is addressed
+    p += 2;
+    if (mode != 3 && base == 4) base = *p++ & 7;
+    if (mode == 1) p += 1;
+    if (mode == 2 || (mode == 0 && base == 5)) p += 4;
+    uint64_t kept = is_byte || is_short ? ~(uint64_t)0xffff : 0;
+    c->pc = (uintptr_t)p, c->rax &= kept;
+    if (!is_byte) c->rdx &= kept;
+}
+#else
+struct Context { char before[184]; uint64_t x[31], sp, pc; };
+static uint float_mode() { uint64_t mode; asm("mrs %0, fpcr" : "=r"(mode)); return (uint)mode; }
+static void set_float_mode(uint mode) { asm volatile("msr fpcr, %0" : : "r"((uint64_t)mode)); }
+enum { FLUSH = 1 << 24 };
+static void skip_division(Context*) {}
+#endif
+
+static void fault() { // runs as if the kernel had called it
+    bad(fault_pc, "%s", fault_signal == SIGNAL_FPE ? "integer division by zero, or of the smallest number by -1"
+        : "out-of-bounds access to an array of the thread, or to a constant one");
+    die();
+}
+static Action old_actions[SIGNAL_FPE + 1];
+static void restore_actions() {
+    for (int signal : SIGNALS) sigaction(signal, &old_actions[signal], 0);
+}
+static void on_fault(int signal, void*, void* context) {
+    Context* c = (Context*)context;
+    if (c->pc < launch->image_lo || c->pc >= launch->image_hi) return restore_actions(); // not ours: it comes again
+    if (!launch->check) return skip_division(c);
+    fault_pc = c->pc + 1, fault_signal = signal;
+    c->sp = ((c->sp - 256) & ~(uint64_t)15) - 8; // below what the kernel keeps there, aligned as in a call
+    c->pc = (uintptr_t)fault;
+}
+struct Processor { // its state while kernels run
+    uint mode;
+    Processor() {
+        Action ours = {on_fault, {}, WITH_CONTEXT, 0};
+        for (int signal : SIGNALS) sigaction(signal, &ours, &old_actions[signal]);
+        mode = float_mode();
+        set_float_mode(launch->flush ? mode | FLUSH : mode);
+    }
+    ~Processor() {
+        set_float_mode(mode);
+        restore_actions();
+    }
+};
+
+// clang's -fsanitize=array-bounds and integer-divide-by-zero call these before what is wrong.
+struct ArrayType { uint16_t kind, info; char name[1]; };
+struct BadIndex { const char* file; uint line, column; const ArrayType *array, *index; };
+extern "C" {
+void __ubsan_handle_out_of_bounds_abort(const BadIndex* data, intptr_t index) {
+    bad(HERE, "index %ld is out of bounds of %s", (long)index, data->array->name);
+    die();
+}
+void __ubsan_handle_divrem_overflow_abort(void*, uintptr_t, uintptr_t) {
+    bad(HERE, "integer division by zero");
+    die();
+}
 }
 
 // ---------------------------------------------------------------- simdgroups
@@ -538,7 +654,8 @@ static void fiber_main() {
 static void place(uint i) { // thread i of the threadgroup: its numbers, its stack
     const Launch& l = *launch;
     Fiber& f = fibers[i];
-    uint in_grid[3] = {group % l.ntg[0], group / l.ntg[0] % l.ntg[1], group / l.ntg[0] / l.ntg[1]};
+    uint64_t row = group / l.ntg[0];
+    uint in_grid[3] = {(uint)(group % l.ntg[0]), (uint)(row % l.ntg[1]), (uint)(row / l.ntg[1])};
     uint in_group[3] = {i % l.tgsz[0], i / l.tgsz[0] % l.tgsz[1], i / l.tgsz[0] / l.tgsz[1]};
     for (int k = 0; k < 3; k++) {
         f.t.tg[k] = in_grid[k], f.t.lid[k] = in_group[k];
@@ -546,7 +663,7 @@ static void place(uint i) { // thread i of the threadgroup: its numbers, its sta
         f.t.gid[k] = in_grid[k] * l.tgsz[k] + in_group[k], f.t.gsz[k] = l.ntg[k] * l.tgsz[k];
     }
     f.t.index = i, f.t.lane = i % SIMD, f.t.simd = i / SIMD, f.t.nsimd = num_simds, f.t.active = 0;
-    f.state = READY, f.seq = 0;
+    f.state = READY, f.seq = f.wrote = 0;
     f.stack = stacks[i];
     f.sp = first_frame(f.stack + STACK, fiber_main);
 }
@@ -588,10 +705,10 @@ static bool bind() { // one access history for each set of overlapping bindings 
         regions[num_regions++] = Region{(uintptr_t)b.ptr, (uintptr_t)b.ptr + b.size, b.name, b.writable, &b.traffic};
     }
     for (uint i = 0; i < launch->count; i++) {
-        if (!launch->bindings[i].race) continue;
         Span s = {regions[i].lo, regions[i].hi, 0};
+        if (!regions[i].writable || s.hi - s.lo > launch->race_limit) continue;
         while (grow(s)) {}
-        spans[num_spans++] = s;
+        if (s.hi - s.lo <= launch->race_limit) spans[num_spans++] = s;
     }
     for (int i = 0; i < num_spans; i++) { // pages that stay untouched cost nothing
         spans[i].cells = (Cell*)calloc(spans[i].hi - spans[i].lo + 1, sizeof(Cell));
@@ -600,23 +717,30 @@ static bool bind() { // one access history for each set of overlapping bindings 
     }
     return !failed;
 }
+static void run_groups() {
+    uint64_t groups = (uint64_t)launch->ntg[0] * launch->ntg[1] * launch->ntg[2];
+    for (uint64_t i = 0; i < groups && !failed; i++) {
+        group = launch->order == 1 ? groups - 1 - i : i;
+        memset(arena, launch->fill, i == 0 ? (size_t)ARENA : arena_top);
+        run_group();
+        for (uint k = 0; k < num_threads; k++) earlier_writes |= fibers[k].wrote != 0;
+    }
+}
 extern "C" int msl_launch(const Launch* l) { // 0, or 1 with the reason in msl_error()
     launch = l;
-    failed = false, error[0] = 0, error_pc = error_line = 0, pending.size = 0, msl_cur = 0;
+    failed = published = earlier_writes = false, error[0] = 0, error_pc = error_line = 0, pending.size = 0, msl_cur = 0;
     random_state = l->seed, num_tg_vars = 0, arena_top = RED_ZONE;
     num_threads = l->tgsz[0] * l->tgsz[1] * l->tgsz[2];
     num_simds = (num_threads + SIMD - 1) / SIMD;
     if (num_threads == 0 || num_threads > MAX_THREADS)
         set_error("%u threads in a threadgroup (1..%d allowed)", num_threads, MAX_THREADS);
-    if (!failed && bind()) {
-        uint groups = l->ntg[0] * l->ntg[1] * l->ntg[2];
-        for (uint i = 0; i < groups && !failed; i++) {
-            group = l->order == 1 ? groups - 1 - i : i;
-            memset(arena, l->fill, i == 0 ? (size_t)ARENA : arena_top);
-            run_group();
-        }
-    }
-    for (int i = 0; i < num_spans; i++) free(spans[i].cells);
+    Processor processor;
+    if (l->flat) ((void (*)(void* const*, const uint*, const uint*))l->entry)(l->buffers, l->ntg, l->tgsz);
+    else if (!failed && bind()) run_groups();
     msl_cur = 0;
+    if (l->check && l->word.hi && !published)
+        set_error("nothing was published: the word of '%s' was not written", l->bindings[l->word.buffer].name);
+    for (int i = 0; i < num_spans; i++) free(spans[i].cells);
+    num_spans = 0;
     return failed;
 }
