@@ -1,4 +1,4 @@
-"What goes wrong in a kernel while it runs, and what the simulator says: faults, ranges, publication, denormals."
+"What goes wrong in a kernel while it runs, and what the simulator says: faults, alignment, ranges, publication, denormals."
 import mmap
 import sys
 
@@ -62,6 +62,49 @@ def test_the_handlers_of_signals_are_put_back():
     with pytest.raises(MetalError):
         division('int', '/', True, 1, 0)
     assert [signal.getsignal(s) for s in (signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)] == before
+
+
+# ---------------------------------------------------------------- where threadgroup variables lie
+PLACE = TOP + """kernel void place(device float* o, uint i [[thread_position_in_threadgroup]]) {
+  DECLARE
+  for (int j = 0; j < 64; j++) x[j] = j;
+  o[i] = float(READ);
+}
+"""
+HALF4, FLOAT4 = '((threadgroup half4*)x)[1].x', '((threadgroup float4*)x)[1].x'
+# declarations, what is read, and what is wrong
+PLACES = {
+    'halves read as half4': ('threadgroup half x[64];', HALF4, r'misaligned 8-byte read \(address % 8 = 2\)'),
+    'floats read as float4': ('threadgroup float x[64];', FLOAT4, r'misaligned 16-byte read \(address % 16 = '),
+    'floats read as float2': ('threadgroup float x[64];', '((threadgroup float2*)x)[1].x', 'misaligned 8-byte'),
+    'an odd array before': ('threadgroup char y[3]; threadgroup float x[64]; y[0] = 1;', FLOAT4, 'misaligned 16-byte'),
+    'a wide one before': ('threadgroup float4 y[3]; threadgroup half x[64];', HALF4, 'misaligned 8-byte'),
+    'the second of two': ('threadgroup half y[4], x[64];', HALF4, 'misaligned 8-byte'),
+    'too little': ('alignas(8) threadgroup float x[64];', FLOAT4, r'misaligned 16-byte read \(address % 16 = 8\)'),
+    'alignas': ('alignas(16) threadgroup half x[64];', HALF4, ''),
+    'alignas behind the space': ('threadgroup alignas(16) float x[64];', FLOAT4, ''),
+    'alignas of a type': ('alignas(float4) threadgroup float x[64];', FLOAT4, ''),
+    'alignas of an expression': ('alignas(2 * sizeof(float2)) threadgroup float x[64];', FLOAT4, ''),
+    'alignas of two': ('alignas(16) threadgroup half y[5], x[64];', HALF4, ''),
+    'an attribute': ('threadgroup __attribute__((aligned(8))) half x[64];', HALF4, ''),
+    'an attribute at the end': ('threadgroup half x[64] __attribute__((aligned(8)));', HALF4, ''),
+    'vectors': ('threadgroup char y[3]; threadgroup float4 x[64];', 'x[4].x', ''),
+    'packed reads': ('threadgroup float x[64];', '((threadgroup packed_float4*)x)[1].x', ''),
+}
+
+
+@pytest.mark.parametrize('what', PLACES)
+def test_a_threadgroup_variable_is_aligned_as_declared_and_no_better(what):
+    declare, read, message = PLACES[what]
+    text, out = PLACE.replace('DECLARE', declare).replace('READ', read), np.zeros(1, np.float32)
+    if message:
+        with pytest.raises(MetalError, match=message + r'.* at kernel\.metal:6'):
+            Library(text)['place']([out], (1,), (1,))
+    else:
+        Library(text)['place']([out], (1,), (1,))
+        assert out[0] == 4
+    Library(text, check=False)['place']([out], (1,), (1,))
+    assert out[0] in (2, 4)
 
 
 # ---------------------------------------------------------------- ranges above 2**31 bytes

@@ -11,6 +11,7 @@
 #define INFINITY __int_as_float(0x7f800000)
 #endif
 #define MSL_TG(name, dims, type) __shared__ __align__(16) type name dims
+#define MSL_TG_ALIGNED(alignment, name, dims, type) MSL_TG(name, dims, type)
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;

@@ -18,7 +18,8 @@ MEETING = re.compile(r'\b(simd_\w+|simdgroup_\w+|quad_\w+|threadgroup_barrier|ma
                      r'|\bthreadgroup\b\s+[A-Za-z_]|simdgroup_\w+8x8|simdgroup_matrix')
 ATTRIBUTE = re.compile(r'\[\[\s*(?!unlikely|likely|fallthrough|maybe_unused)[a-z_]+\s*'
                        r'(?:\([^\]]*\))?\s*(?:,[^\]]*)?\]\]')
-THREADGROUP = re.compile(r'(?:\balignas\s*\([^)]*\)\s*)*\bthreadgroup\b(?!_)')
+THREADGROUP = re.compile(r'(?:\balignas\s*\((?:[^()]|\([^()]*\))*\)\s*)*\bthreadgroup\b(?!_)')
+ALIGNMENT = re.compile(r'__attribute__\s*\(\((?:[^()]|\([^()]*\))*\)\)|\balignas\s*\((?:[^()]|\([^()]*\))*\)')
 VARIABLE = re.compile(r'\s*(?:const\s+)?(.*?)([A-Za-z_]\w*)\s*((?:\[[^\]]*\]\s*)*)\s*$', re.DOTALL)
 FLAT = '''extern "C" void msl_flat_{name}(void* const* b, const uint* n, const uint* t) {{
   msl_thread c;
@@ -159,8 +160,8 @@ def number(parameters: list[Parameter]) -> None:
 def rewritten(source: str) -> str:
     """The source as C++ understands it; every line keeps its number.
 
-    `threadgroup T x[4];` becomes `MSL_TG(x, [4], T);`, storage that the fibers share, and the
-    attributes that clang does not know go.
+    `threadgroup T x[4];` becomes `MSL_TG(x, [4], T);`, storage that the fibers share, with
+    `alignas(n)` in front `MSL_TG_ALIGNED(alignas(n), ...);`. The attributes that clang does not know go.
     """
     text = strip_comments(source)
     out, done = [], 0
@@ -168,7 +169,8 @@ def rewritten(source: str) -> str:
         if m.start() < done:
             continue
         end = declaration_end(text, m.end())
-        storage = threadgroup_storage(text[m.end():end]) if text[end:end + 1] == ';' else None
+        declaration = m.group(0).replace('threadgroup', '') + text[m.end():end]
+        storage = threadgroup_storage(declaration) if text[end:end + 1] == ';' else None
         if storage:
             out.append(text[done:m.start()] + storage + '\n' * text.count('\n', m.start(), end + 1))
             done = end + 1
@@ -186,9 +188,9 @@ def declaration_end(text: str, start: int) -> int:
 
 
 def threadgroup_storage(declaration: str) -> str | None:
-    "The macros for `float x[4], y`; None if it declares a pointer, a reference or a parameter."
-    plain = re.sub(r'__attribute__\s*\(\(.*?\)\)\s*\)?', ' ', declaration)
-    plain = re.sub(r'alignas\s*\([^)]*\)', ' ', plain)
+    "The macros for `alignas(16) float x[4], y`; None if it declares a pointer, a reference or a parameter."
+    alignment = ' '.join(m.group(0) for m in ALIGNMENT.finditer(declaration))
+    plain = ALIGNMENT.sub(' ', declaration)
     bare = re.sub(r'\[[^\]]*\]|<[^<>]*>', '', plain)
     if '*' in bare or '&' in bare or '[[' in plain:
         return None
@@ -197,8 +199,9 @@ def threadgroup_storage(declaration: str) -> str | None:
     if not found or not found.group(1).strip():
         return None
     kind = ' '.join(found.group(1).split())
+    macro = f'MSL_TG_ALIGNED({alignment}, ' if alignment else 'MSL_TG('
     variables = [found, *map(VARIABLE.match, others)]
-    return ' '.join(f"MSL_TG({v.group(2)}, {' '.join(v.group(3).split())}, {kind});" for v in variables if v)
+    return ' '.join(f"{macro}{v.group(2)}, {' '.join(v.group(3).split())}, {kind});" for v in variables if v)
 
 
 def needs_fibers(source: str) -> bool:

@@ -28,12 +28,13 @@
 #define MSL_INLINE static inline __attribute__((always_inline, nodebug))
 #define MSL_CAT_(a, b) a##b
 #define MSL_CAT(a, b) MSL_CAT_(a, b)
-// threadgroup storage declared in a function body (the Python front end rewrites `threadgroup T x[..];` to
-// this)
-#define MSL_TG(name, dims, ...) \
+// threadgroup storage declared in a function body (source.py rewrites `threadgroup T x[..];` to this)
+#define MSL_TG_ALIGNED(alignment, name, dims, ...) \
     typedef __VA_ARGS__ MSL_CAT(msl_tgt_, name) dims; \
+    struct alignas(MSL_CAT(msl_tgt_, name)) alignment MSL_CAT(msl_tga_, name) {}; \
     threadgroup MSL_CAT(msl_tgt_, name) & name = *(threadgroup MSL_CAT(msl_tgt_, name)*)msl_tg_static( \
-        __COUNTER__, sizeof(MSL_CAT(msl_tgt_, name)), 16, #name)
+        __COUNTER__, sizeof(MSL_CAT(msl_tgt_, name)), alignof(MSL_CAT(msl_tga_, name)), #name)
+#define MSL_TG(name, dims, ...) MSL_TG_ALIGNED(, name, dims, __VA_ARGS__)
 
 // ---------------------------------------------------------------- scalar and vector types
 typedef unsigned char uchar;
