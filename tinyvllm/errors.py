@@ -1,4 +1,4 @@
-"What a user did wrong, in one line: the command line prints it and exits with 2."
+"What a user did wrong, and what a device did: each in one line, which the command line prints."
 
 
 class BadInput(ValueError):
@@ -7,3 +7,7 @@ class BadInput(ValueError):
     def __init__(self, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.param, self.code = param, code   # for a server: which parameter, OpenAI's name of the mistake
+
+
+class DeviceError(RuntimeError):
+    "The device has failed, hangs or has lost a kernel. No later step of the engine would be right: start a new one."
