@@ -1,6 +1,7 @@
 "Partials merge in any order; paged decode in one pass and in parts, against float64 numpy; mutants."
 import re
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from functools import reduce
 
@@ -228,15 +229,15 @@ def decode_with(texts, args, part):
     q, k, tables = Tensor(args[0]), Tensor(args[1]), Tensor(args[3])
     c, T, (H, D) = decode_sizes(q, k, tables, part) | dict(SIMDS=2), len(args[0]), args[0].shape[1:]
     grid, out = (H // c['HEADS'], T, c['PARTS']), np.full(args[0].shape, np.nan, args[0].dtype)
-    decode_text = texts.get('decode', DECODE.metal)
+    decode = replace(DECODE, metal=texts.get('decode', DECODE.metal))
     if part is None:
-        run(DECODE, DECODE.source('METAL', 256, c).replace(DECODE.metal, decode_text), [out, *args], grid, c['SIMDS'])
+        run(DECODE, decode.source('METAL', 256, c), [out, *args], grid, c['SIMDS'])
         return out
     parts = np.full((T, H, c['PARTS'], D + 4), np.nan, np.float32)
-    run(DECODE, DECODE.source('METAL', 256, c | SPLIT).replace(DECODE.metal, decode_text), [parts, *args], grid, c['SIMDS'])
-    text = MERGE_PARTIALS.source('METAL', 256, c | dict(SIMDS=MERGE_SIMDS))
-    run(MERGE_PARTIALS, text.replace(MERGE_PARTIALS.metal, texts.get('merge', MERGE_PARTIALS.metal)),
-        [out, parts, args[-1]], (H, T), MERGE_SIMDS)
+    run(DECODE, decode.source('METAL', 256, c | SPLIT), [parts, *args], grid, c['SIMDS'])
+    merge = replace(MERGE_PARTIALS, metal=texts.get('merge', MERGE_PARTIALS.metal))
+    text = merge.source('METAL', 256, c | dict(SIMDS=MERGE_SIMDS))
+    run(MERGE_PARTIALS, text, [out, parts, args[-1]], (H, T), MERGE_SIMDS)
     return out
 
 
@@ -287,7 +288,7 @@ SPLIT_MUTANTS = {
     'stride without the sums': ('merge', 'row * PARTS * (D4 + 1)', 'row * PARTS * D4'),
     'a largest score per lane': ('merge', '  top = simd_max(top);\n', ''),
     'sums of one lane': ('merge', '  sum = simd_sum(sum);\n', ''),
-    'parts are not shifted': ('merge', 'part[a * (D4 + 1) + i] * exp2(part[a * (D4 + 1) + D4].x - top)',
+    'parts are not shifted': ('merge', 'part[a * (D4 + 1) + i] * fast::exp2(part[a * (D4 + 1) + D4].x - top)',
                               'part[a * (D4 + 1) + i]'),
     'every simdgroup takes all parts': ('merge', 'a += SIMDS', 'a++'),
     'no barrier': ('merge', '  ' + BARRIER + '\n', ''),

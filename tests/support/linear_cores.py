@@ -86,7 +86,8 @@ def simulate(rung: str, text: str = '', **variant) -> Kernel:
     body, entries = re.subn(r'extern "C".*?(linear_\w+)\((.*?)\) \{.*?int block = blockIdx.x, turn = blockIdx.y;\n',
                             entry, body, flags=re.S)
     assert entries == 1
-    body = body.replace('__shared__', 'threadgroup').replace('__align__(16) ', '')
+    body = body.replace('__shared__ __align__(16)', 'alignas(16) threadgroup').replace('__shared__', 'threadgroup')
+    body = body.replace('__align__(16)', 'alignas(16)')
     start, end = SIMULATED_PTX.index('struct Copy'), SIMULATED_PTX.index('inlined float power')
     return Kernel(SIMULATED_PTX[:start] + COPIES + SIMULATED_PTX[end:] + SIMULATED_WORDS + body)
 

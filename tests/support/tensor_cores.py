@@ -68,6 +68,6 @@ def simulate(text: str = FLASH_CUDA_TEXT) -> Kernel:
     head = FLASH_MATRIX.metal.removeprefix(TILE).partition('  const int head')[0]
     body, entries = re.subn(r'extern "C".*?(?=  follow\(\);)', lambda _: head, text.removeprefix(PTX), flags=re.S)
     assert entries == 1
-    body = body.replace('__shared__ __align__(16)', 'threadgroup')
+    body = body.replace('__shared__ __align__(16)', 'alignas(16) threadgroup')
     body = body.replace('(const uint*)', '(device const uint*)').replace('(uint*)', '(device uint*)')
     return Kernel(SIMULATED_PTX + body)

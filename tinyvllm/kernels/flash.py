@@ -16,7 +16,7 @@ from tinygrad import Tensor, dtypes
 # %% auto #0
 __all__ = ['TILE', 'FLASH_TILED', 'FLASH_MATRIX', 'TILES', 'choose_tile', 'flash', 'check_flash', 'flash_attend']
 
-# %% ../../nbs/08_flash.ipynb #7e89e326
+# %% ../../nbs/08_flash.ipynb #6479abcf
 TILE = '''
 struct Tile { int first, rows, width; bool is_padding; };    // the tile of a threadgroup
 inlined Tile find_tile(device const int* starts, device const int* sizes, int order) {
@@ -31,11 +31,11 @@ inlined Tile find_tile(device const int* starts, device const int* sizes, int or
   const int end = s < sequences ? starts[s + 1] : tokens;           // the last one is padding
   return Tile{first, (min(first + TOKENS, end) - first) * HEADS, sizes[2], s == sequences};
 }
-#define ROW(r) (((tile.first + (r) / HEADS) * H + head + (r) % HEADS) * D)  /* in q and o */
-#define SLOT(at) ((tables[table + (at) / S] * S + (at) % S) * (long)(KV * D) + kv * D)
+#define ROW(r) (((tile.first + (r) / HEADS) * H + head + (r) % HEADS) * (long)D)  /* in q and o */
+#define SLOT(at) (((tables[table + (at) / S] * S + (at) % S) * KV + kv) * (long)D)
 '''
 
-# %% ../../nbs/08_flash.ipynb #f6abd294
+# %% ../../nbs/08_flash.ipynb #d3dd7bb3
 FLASH_TILED = Kernel(TILE + r'''
 kernel void flash_tiled(device T* o, device const T* q, device const T* k, device const T* v,
     device const int* tables, device const int* owners, device const int* positions,
@@ -58,38 +58,44 @@ kernel void flash_tiled(device T* o, device const T* q, device const T* k, devic
   alignas(16) threadgroup T queries[SIMDS * ROWS][D], pool[32][D + 4];  // keys, then values
   const int mine = simd * ROWS;                                   // first row of the simdgroup
   float top[ROWS], sum[ROWS], total[ROWS][COLUMNS];
-  for (int r = 0; r < ROWS; r++) {
+  unrolled for (int r = 0; r < ROWS; r++) {
     top[r] = -1e30f; sum[r] = 0.0f;
-    for (int c = 0; c < COLUMNS; c++) total[r][c] = 0.0f;
+    unrolled for (int c = 0; c < COLUMNS; c++) total[r][c] = 0.0f;
   }
   for (int i = index; i < SIMDS * ROWS * D; i += 32 * SIMDS)
     queries[i / D][i % D] = i / D < rows ? q[ROW(i / D) + i % D] : T(0.0f);
 
-#define LOAD(from)                                                            \
-  for (int i = index; i < 32 * D / 4; i += 32 * SIMDS) {                      \
-    const int r = i / (D / 4), c = i % (D / 4) * 4;                           \
-    T4 x = T4(0.0f);                                                          \
-    if (k0 + r <= last) x = *(device const T4*)(from + SLOT(k0 + r) + c);     \
-    *(threadgroup T4*)&pool[r][c] = x;                                        \
-  }
+#define COPIES ((8 * D + 32 * SIMDS - 1) / (32 * SIMDS))        /* of a thread, four numbers each */
+#define LOAD(from) {                                                          \
+  T4 x[COPIES];                            /* all are on their way before one is stored */ \
+  unrolled for (int n = 0; n < COPIES; n++) {                                 \
+    const int i = n * 32 * SIMDS + index, r = i / (D / 4), c = i % (D / 4) * 4; \
+    x[n] = T4(0.0f);                                                          \
+    if (r < 32 && k0 + r <= last) x[n] = *(device const T4*)(from + SLOT(k0 + r) + c); \
+  }                                                                           \
+  unrolled for (int n = 0; n < COPIES; n++) {                                 \
+    const int i = n * 32 * SIMDS + index, r = i / (D / 4), c = i % (D / 4) * 4; \
+    if (r < 32) *(threadgroup T4*)&pool[r][c] = x[n];                         \
+  }                                                                           \
+}
   for (int k0 = 0; k0 <= last; k0 += 32) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     LOAD(k)
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     float p[ROWS];                                                // scores: a lane is a key
-    for (int r = 0; r < ROWS; r++) p[r] = 0.0f;
+    unrolled for (int r = 0; r < ROWS; r++) p[r] = 0.0f;
     for (int d = 0; d < D; d += 4) {
       const float4 key = float4(*(threadgroup const T4*)&pool[lane][d]);
-      for (int r = 0; r < ROWS; r++)
+      unrolled for (int r = 0; r < ROWS; r++)
         p[r] += dot(float4(*(threadgroup const T4*)&queries[mine + r][d]), key);
     }
-    for (int r = 0; r < ROWS; r++) {                              // the running softmax
+    unrolled for (int r = 0; r < ROWS; r++) {                     // the running softmax
       const bool seen = k0 + lane <= past + (mine + r) / HEADS;
       const float x = seen ? p[r] * SCALE : -1e30f, m = max(top[r], simd_max(x));
-      const float fix = exp2(top[r] - m);                         // old sums in the new unit
-      p[r] = exp2(x - m); sum[r] = sum[r] * fix + p[r]; top[r] = m;
-      for (int c = 0; c < COLUMNS; c++) total[r][c] *= fix;
+      const float fix = fast::exp2(top[r] - m);                   // old sums in the new unit
+      p[r] = fast::exp2(x - m); sum[r] = sum[r] * fix + p[r]; top[r] = m;
+      unrolled for (int c = 0; c < COLUMNS; c++) total[r][c] *= fix;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     LOAD(v)
@@ -97,23 +103,23 @@ kernel void flash_tiled(device T* o, device const T* q, device const T* k, devic
 
     for (int j = 0; j < 32; j++) {                                // values: a lane is a column
       float value[COLUMNS];
-      for (int c = 0; c < COLUMNS; c++)
+      unrolled for (int c = 0; c < COLUMNS; c++)
         value[c] = lane + 32 * c < D ? float(pool[j][lane + 32 * c]) : 0.0f;
-      for (int r = 0; r < ROWS; r++) {
+      unrolled for (int r = 0; r < ROWS; r++) {
         const float w = simd_broadcast(p[r], j);
-        for (int c = 0; c < COLUMNS; c++) total[r][c] += w * value[c];
+        unrolled for (int c = 0; c < COLUMNS; c++) total[r][c] += w * value[c];
       }
     }
   }
-  for (int r = 0; r < ROWS; r++) {
+  unrolled for (int r = 0; r < ROWS; r++) {
     const float all = simd_sum(sum[r]);
-    for (int c = 0; c < COLUMNS; c++)
+    unrolled for (int c = 0; c < COLUMNS; c++)
       if (mine + r < rows && lane + 32 * c < D)
         o[ROW(mine + r) + lane + 32 * c] = T(total[r][c] / all);
   }
 }''')
 
-# %% ../../nbs/08_flash.ipynb #a64e638b
+# %% ../../nbs/08_flash.ipynb #582a133a
 FLASH_MATRIX = Kernel(TILE + r'''
 kernel void flash_matrix(device T* o, device const T* q, device const T* k, device const T* v,
     device const int* tables, device const int* owners, device const int* positions,
@@ -137,23 +143,30 @@ kernel void flash_matrix(device T* o, device const T* q, device const T* k, devi
   const int column = (lane / 4 & 2) * 2 + lane % 2 * 2;             // two elements of 8 x 8
   simdgroup_half8x8 query[D / 8];
   simdgroup_float8x8 total[D / 8];
-  for (int i = 0; i < D / 8; i++) {
+  unrolled for (int i = 0; i < D / 8; i++) {
     total[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    for (int e = 0; e < 2; e++)
+    unrolled for (int e = 0; e < 2; e++)
       query[i].thread_elements()[e] = row < rows ? q[ROW(row) + i * 8 + column + e] : half(0.0f);
   }
   float top = -1e30f, sum = 0.0f;
 
-#define FETCH(k0, to)                                                                 \
-  for (int i = index; i < KEYS * D / 4; i += 32 * SIMDS) {                            \
-    const int r = i / (D / 4), c = i % (D / 4) * 4;                                   \
-    const bool real = (k0) + r <= last;                                               \
+#define COPIES ((KEYS * D / 4 + 32 * SIMDS - 1) / (32 * SIMDS))   /* of a thread, 4 halves each */
+#define FETCH(k0, to) {                                                               \
+  half4 x[COPIES], y[COPIES];              /* all are on their way before one is stored */ \
+  unrolled for (int n = 0; n < COPIES; n++) {                                         \
+    const int i = n * 32 * SIMDS + index, r = i / (D / 4), c = i % (D / 4) * 4;       \
+    const bool real = r < KEYS && (k0) + r <= last;                                   \
     const long at = real ? SLOT((k0) + r) + c : 0;                                    \
-    half4 x = half4(0.0f), y = half4(0.0f);                                           \
-    if (real) x = *(device const half4*)(k + at), y = *(device const half4*)(v + at); \
-    *(threadgroup half4*)&keys[to][r][c] = x;                                         \
-    *(threadgroup half4*)&values[to][r][c] = y;                                       \
-  }
+    x[n] = y[n] = half4(0.0f);                                                        \
+    if (real) x[n] = *(device const half4*)(k + at), y[n] = *(device const half4*)(v + at); \
+  }                                                                                   \
+  unrolled for (int n = 0; n < COPIES; n++) {                                         \
+    const int i = n * 32 * SIMDS + index, r = i / (D / 4), c = i % (D / 4) * 4;       \
+    if (r >= KEYS) continue;                                                          \
+    *(threadgroup half4*)&keys[to][r][c] = x[n];                                      \
+    *(threadgroup half4*)&values[to][r][c] = y[n];                                    \
+  }                                                                                   \
+}
   FETCH(0, 0)
   for (int k0 = 0, now = 0; k0 <= last; k0 += KEYS, now = (now + 1) % STAGES) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -161,32 +174,32 @@ kernel void flash_matrix(device T* o, device const T* q, device const T* k, devi
 
     simdgroup_float8x8 p[KEYS / 8];
     float m = top;
-    for (int j = 0; j < KEYS / 8; j++) {
+    unrolled for (int j = 0; j < KEYS / 8; j++) {
       p[j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-      for (int i = 0; i < D / 8; i++) {
+      unrolled for (int i = 0; i < D / 8; i++) {
         simdgroup_half8x8 key;                                     // transposed: D x keys
         simdgroup_load(key, &keys[now][j * 8][i * 8], D + 8, ulong2(0), true);
         simdgroup_multiply_accumulate(p[j], query[i], key, p[j]);
       }
-      for (int e = 0; e < 2; e++) {
+      unrolled for (int e = 0; e < 2; e++) {
         const bool seen = k0 + j * 8 + column + e <= past + row / HEADS;
         const float x = seen ? p[j].thread_elements()[e] * SCALE : -1e30f;
         p[j].thread_elements()[e] = x; m = max(m, x);
       }
     }
     m = max(m, simd_shuffle_xor(m, 1)); m = max(m, simd_shuffle_xor(m, 8));
-    const float fix = exp2(top - m);
+    const float fix = fast::exp2(top - m);
     top = m; sum *= fix;
 
-    for (int i = 0; i < D / 8; i++)
-      for (int e = 0; e < 2; e++) total[i].thread_elements()[e] *= fix;
-    for (int j = 0; j < KEYS / 8; j++) {
+    unrolled for (int i = 0; i < D / 8; i++)
+      unrolled for (int e = 0; e < 2; e++) total[i].thread_elements()[e] *= fix;
+    unrolled for (int j = 0; j < KEYS / 8; j++) {
       simdgroup_half8x8 w;
-      for (int e = 0; e < 2; e++) {
-        const float x = exp2(p[j].thread_elements()[e] - m);
+      unrolled for (int e = 0; e < 2; e++) {
+        const float x = fast::exp2(p[j].thread_elements()[e] - m);
         w.thread_elements()[e] = half(x); sum += x;
       }
-      for (int i = 0; i < D / 8; i++) {
+      unrolled for (int i = 0; i < D / 8; i++) {
         simdgroup_half8x8 value;
         simdgroup_load(value, &values[now][j * 8][i * 8], D + 8);
         simdgroup_multiply_accumulate(total[i], w, value, total[i]);
@@ -198,8 +211,8 @@ kernel void flash_matrix(device T* o, device const T* q, device const T* k, devi
     }
   }
   sum += simd_shuffle_xor(sum, 1); sum += simd_shuffle_xor(sum, 8);
-  for (int i = 0; i < D / 8; i++)
-    for (int e = 0; e < 2; e++)
+  unrolled for (int i = 0; i < D / 8; i++)
+    unrolled for (int e = 0; e < 2; e++)
       if (row < rows) o[ROW(row) + i * 8 + column + e] = half(total[i].thread_elements()[e] / sum);
 }''')
 

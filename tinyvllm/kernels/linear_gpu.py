@@ -68,16 +68,14 @@ def plan(
     if rung == 'stream': return stream_plan(T, rows, gated, bits, **sizes)
     return tiles_plan(device, T, rows, gated, **sizes)
 
-# %% ../../nbs/08ca_products.ipynb #63e95a88
+# %% ../../nbs/08ca_products.ipynb #8b4d4d2b
 ROWS = '''
 #define WIDE (STEP < 8 ? STEP : 8)        /* weights of a thread: 16 bytes of halves */
-kernel void NAME(PARAMETERS, uint i_ [[thread_position_in_grid]]) {
-  const long i = i_;
-  if (i >= long(TOKENS) * (K / WIDE)) return;
+kernel void NAME(PARAMETERS, uint i [[thread_position_in_grid]]) {
+  if (i >= ulong(TOKENS) * (K / WIDE)) return;
   const int at = i / (K / WIDE), k = i % (K / WIDE) * WIDE, mine = k % STEP / WIDE;
   const piece p = piece_at(WEIGHTS, WHICH, k / STEP * STEP);
-  #pragma unroll
-  for (int q = 0; q < STEP / 4; q++)
+  unrolled for (int q = 0; q < STEP / 4; q++)
     if (q * 4 / WIDE == mine)
       *(device T4*)(y + long(at) * K + k + 4 * q % WIDE) = T4(WEIGHT(p, four(p, q), 1.0f));
 }'''

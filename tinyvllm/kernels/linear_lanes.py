@@ -168,7 +168,7 @@ def fill_in(
         template = template.replace(word, text)
     return template
 
-# %% ../../nbs/08a_linear_gpu.ipynb #fbd0120a
+# %% ../../nbs/08a_linear_gpu.ipynb #471badef
 LANES = r'''
 #define value(x) float(x)
 inlined float silu(float x) { return x / (1.0f + exp(-x)); }
@@ -186,7 +186,7 @@ kernel void linear_lanes(PARAMETERS, uint2 group [[threadgroup_position_in_grid]
   const int first = (group.x * SIMDS + simd) * RESULTS, token = group.y * TOKENS;
   long rows[ROWS];
   piece next[ROWS];
-  for (int r = 0; r < ROWS; r++) {        // past the last row: that row again, and no store
+  unrolled for (int r = 0; r < ROWS; r++) {     // past the last row: that row again, no store
     rows[r] = min(first + r % RESULTS, OUT - 1) + r / RESULTS * OUT;
     if (lane * STEP < K) next[r] = piece_at(WEIGHTS, rows[r], lane * STEP);
   }
@@ -215,33 +215,33 @@ kernel void linear_lanes(PARAMETERS, uint2 group [[threadgroup_position_in_grid]
   threadgroup_barrier(mem_flags::mem_threadgroup);
 #endif
   float sums[ROWS][TOKENS];
-  for (int r = 0; r < ROWS; r++) for (int t = 0; t < TOKENS; t++) sums[r][t] = 0.0f;
+  unrolled for (int r = 0; r < ROWS; r++)
+    unrolled for (int t = 0; t < TOKENS; t++) sums[r][t] = 0.0f;
   #pragma unroll UNROLL
   for (int k = lane * STEP; k < K; k += 32 * STEP) {
     piece now[ROWS];
     float part[ROWS][TOKENS], ones[TOKENS];
-    for (int r = 0; r < ROWS; r++) {
+    unrolled for (int r = 0; r < ROWS; r++) {
       now[r] = next[r];
       if (k + 32 * STEP < K) next[r] = piece_at(WEIGHTS, rows[r], k + 32 * STEP);
-      for (int t = 0; t < TOKENS; t++) part[r][t] = ones[t] = 0.0f;
+      unrolled for (int t = 0; t < TOKENS; t++) part[r][t] = ones[t] = 0.0f;
     }
-    #pragma unroll
-    for (int i = 0; i < STEP / 4; i++) {
+    unrolled for (int i = 0; i < STEP / 4; i++) {
       float4 b[TOKENS];
-      for (int t = 0; t < TOKENS; t++) {
+      unrolled for (int t = 0; t < TOKENS; t++) {
         b[t] = float4(TOKENS_AT(t, k + 4 * i));
         ones[t] += b[t].x + b[t].y + b[t].z + b[t].w;
       }
-      for (int r = 0; r < ROWS; r++) {
+      unrolled for (int r = 0; r < ROWS; r++) {
         const float4 q = four(now[r], i);
-        for (int t = 0; t < TOKENS; t++) part[r][t] += dot(q, b[t]);
+        unrolled for (int t = 0; t < TOKENS; t++) part[r][t] += dot(q, b[t]);
       }
     }
-    for (int r = 0; r < ROWS; r++)
-      for (int t = 0; t < TOKENS; t++) sums[r][t] += WEIGHT(now[r], part[r][t], ones[t]);
+    unrolled for (int r = 0; r < ROWS; r++)
+      unrolled for (int t = 0; t < TOKENS; t++) sums[r][t] += WEIGHT(now[r], part[r][t], ones[t]);
   }
-  for (int r = 0; r < RESULTS; r++)
-    for (int t = 0; t < TOKENS; t++) {
+  unrolled for (int r = 0; r < RESULTS; r++)
+    unrolled for (int t = 0; t < TOKENS; t++) {
       const float v = simd_sum(sums[r][t]), up = GATED ? simd_sum(sums[r + ROWS - RESULTS][t]) : v;
       const int n = first + r, at = token + t;
       if (lane == 0 && n < OUT && at < TOTAL) y[long(at) * OUT + n] = T(AFTER(v, up, at, n));

@@ -92,7 +92,7 @@ linear_tiles(PARAMETERS) {
       }
 }'''
 
-# %% ../../nbs/08c_linear_tiles.ipynb #e463d4b7
+# %% ../../nbs/08c_linear_tiles.ipynb #d5cb87f8
 MATRIX = r'''
 #define value(x) float(x)
 inlined float silu(float x) { return x / (1.0f + exp(-x)); }
@@ -103,6 +103,13 @@ READER AFTER_MACRO
 #define WIDTH (BK + 8)                    /* halves of a row */
 #define SOURCE(r) (GATED ? (r) / 16 * 8 + (r) % 8 : (r))         /* 8 gates, 8 ups, 8 gates, ... */
 #define ROOM ((BM + BN) * WIDTH / 2 > BM * (BN + 4) ? (BM + BN) * WIDTH / 2 : BM * (BN + 4))
+// what a thread copies of a tile: pieces of `wide` numbers, number c at row r, column k
+#define COPIES(rows, wide) (((rows) * BK / (wide) + 32 * WARPS - 1) / (32 * WARPS))
+#define EACH(rows, wide, ...)                                                             \
+  unrolled for (int c = 0; c < COPIES(rows, wide); c++) {                                 \
+    const int i = c * 32 * WARPS + me, r = i / (BK / (wide)), k = i % (BK / (wide)) * (wide); \
+    __VA_ARGS__                                                                           \
+  }
 kernel void linear_tiles(PARAMETERS, uint2 group [[threadgroup_position_in_grid]],
     uint lane_ [[thread_index_in_simdgroup]], uint simd_ [[simdgroup_index_in_threadgroup]]) {
   const int lane = lane_, simd = simd_, me = simd * 32 + lane;
@@ -112,41 +119,44 @@ kernel void linear_tiles(PARAMETERS, uint2 group [[threadgroup_position_in_grid]
   threadgroup half* ws = xs + BM * WIDTH;                     // [BN][WIDTH]
   const int mine = simd / WN * (BM / WM), other = simd % WN * (BN / WN);
   simdgroup_float8x8 total[MT][NT];
-  for (int m = 0; m < MT; m++)
-    for (int n = 0; n < NT; n++)
+  unrolled for (int m = 0; m < MT; m++)
+    unrolled for (int n = 0; n < NT; n++)
       total[m][n] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   for (int k0 = 0; k0 < K; k0 += BK) {
-    for (int i = me; i < BM * BK / 4; i += 32 * WARPS) {
-      const int r = i / (BK / 4), k = i % (BK / 4) * 4;
-      half4 v = half4(0.0f);
-      if (t0 + r < TOKENS && k0 + k < K) v = *(device const half4*)(x + long(t0 + r) * K + k0 + k);
-      *(threadgroup half4*)(xs + r * WIDTH + k) = v;
-    }
-    for (int i = me; i < BN * BK / STEP; i += 32 * WARPS) {
-      const int r = i / (BK / STEP), k = i % (BK / STEP) * STEP, n = min(n0 + SOURCE(r), OUT - 1);
-      const bool real = k0 + k < K;
-      piece p;
-      if (real) p = piece_at(WEIGHTS, n + (GATED && r % 16 >= 8 ? OUT : 0), k0 + k);
-      for (int q = 0; q < STEP / 4; q++) {
+    half4 token[COPIES(BM, 4)];           // all loads are on their way before the first store
+    piece weight[COPIES(BN, STEP)];
+    EACH(BM, 4, {
+      token[c] = half4(0.0f);
+      if (r < BM && t0 + r < TOKENS && k0 + k < K)
+        token[c] = *(device const half4*)(x + long(t0 + r) * K + k0 + k);
+    })
+    EACH(BN, STEP, {
+      const int n = min(n0 + SOURCE(r), OUT - 1) + (GATED && r % 16 >= 8 ? OUT : 0);
+      if (r < BN && k0 + k < K) weight[c] = piece_at(WEIGHTS, n, k0 + k);
+    })
+    EACH(BM, 4, { if (r < BM) *(threadgroup half4*)(xs + r * WIDTH + k) = token[c]; })
+    EACH(BN, STEP, {
+      unrolled for (int q = 0; q < STEP / 4; q++) {
         half4 v = half4(0.0f);
-        if (real) v = half4(WEIGHT(p, four(p, q), 1.0f));
-        *(threadgroup half4*)(ws + r * WIDTH + k + 4 * q) = v;
+        if (k0 + k < K) v = half4(WEIGHT(weight[c], four(weight[c], q), 1.0f));
+        if (r < BN) *(threadgroup half4*)(ws + r * WIDTH + k + 4 * q) = v;
       }
-    }
+    })
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int k = 0; k < BK; k += 8) {
       simdgroup_half8x8 a[MT], b;
-      for (int m = 0; m < MT; m++) simdgroup_load(a[m], xs + (mine + m * 8) * WIDTH + k, WIDTH);
-      for (int n = 0; n < NT; n++) {
+      unrolled for (int m = 0; m < MT; m++)
+        simdgroup_load(a[m], xs + (mine + m * 8) * WIDTH + k, WIDTH);
+      unrolled for (int n = 0; n < NT; n++) {
         simdgroup_load(b, ws + (other + n * 8) * WIDTH + k, WIDTH, ulong2(0), true);
-        for (int m = 0; m < MT; m++)
+        unrolled for (int m = 0; m < MT; m++)
           simdgroup_multiply_accumulate(total[m][n], a[m], b, total[m][n]);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  for (int m = 0; m < MT; m++)
-    for (int n = 0; n < NT; n++)
+  unrolled for (int m = 0; m < MT; m++)
+    unrolled for (int n = 0; n < NT; n++)
       simdgroup_store(total[m][n], pool + (mine + m * 8) * (BN + 4) + other + n * 8, BN + 4);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int i = me; i < BM * RESULTS; i += 32 * WARPS) {

@@ -75,7 +75,7 @@ kernel void matvec_vector(device T* y, device const T* w, device const T* x,
   if (lane == 0) y[row] = T(sum);
 }''')
 
-# %% ../../nbs/06_simd.ipynb #88e42a60
+# %% ../../nbs/06_simd.ipynb #a0fc5fe8
 MATVEC_ROWS = Kernel(WIDE_LOADS + '''
 kernel void matvec_rows(device T* y, device const T* w, device const T* x,
                         uint group [[threadgroup_position_in_grid]],
@@ -86,16 +86,16 @@ kernel void matvec_rows(device T* y, device const T* w, device const T* x,
   device const pack* xs = (device const pack*)x;
   device const pack* ws[ROWS];
   float sums[ROWS];
-  for (int r = 0; r < ROWS; r++) {      // past the last row: that row again, and no store
+  unrolled for (int r = 0; r < ROWS; r++) {   // past the last row: that row again, no store
     ws[r] = (device const pack*)(w + long(min(first + r, N - 1)) * K);
     sums[r] = 0;
   }
   #pragma unroll UNROLL
   for (int k = lane; k < K / PACK; k += 32) {
     const pack b = xs[k];
-    for (int r = 0; r < ROWS; r++) sums[r] += product(ws[r][k], b);
+    unrolled for (int r = 0; r < ROWS; r++) sums[r] += product(ws[r][k], b);
   }
-  for (int r = 0; r < ROWS; r++) {
+  unrolled for (int r = 0; r < ROWS; r++) {
     const float sum = simd_sum(sums[r]);
     if (lane == 0 && first + r < N) y[first + r] = T(sum);
   }
@@ -210,7 +210,7 @@ class KernelKVCache(PagedKVCache):
             return super().write(layer, k, v, batch)
         return tuple(p.reshape(self.num_blocks, self.block_size, *k.shape[1:]) for p in pools)
 
-# %% ../../nbs/06_simd.ipynb #cae4bed2
+# %% ../../nbs/06_simd.ipynb #a0ffa258
 DECODE_SIMPLE = Kernel('''
 kernel void decode_simple(device V* out, device const V* q, device const V* k, device const V* v,
                           device const int* tables, device const int* owners,
@@ -223,12 +223,13 @@ kernel void decode_simple(device V* out, device const V* q, device const V* k, d
   const bool mine = lane < LANES;       // a head of 64 numbers keeps 16 lanes busy
   const float4 query = mine ? float4(q[row + lane]) * SCALE : float4(0);
   float4 mean = float4(0);
-  float top = -INFINITY, weight = 0;    // the highest score so far; the sum of the weights
+  float top = -1e30f, weight = 0;       // the highest score so far; the sum of the weights
   for (int p = 0; p <= last; p++) {
     const long slot = long(table[p / S]) * S + p % S;
     const long at = (slot * KV + head / (H / KV)) * LANES + lane;
     const float score = simd_sum(mine ? dot(query, float4(k[at])) : 0.0f);
-    const float higher = max(top, score), keep = exp2(top - higher), add = exp2(score - higher);
+    const float higher = max(top, score);
+    const float keep = fast::exp2(top - higher), add = fast::exp2(score - higher);
     if (mine) mean = mean * keep + float4(v[at]) * add;
     weight = weight * keep + add;
     top = higher;

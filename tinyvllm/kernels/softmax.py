@@ -12,8 +12,8 @@ from .simd import check_attention, metal_type
 from tinygrad import Tensor, dtypes
 
 # %% auto #0
-__all__ = ['DECODE', 'MAX_HEADS', 'MAX_SIMDS', 'FULL_GRID', 'MERGE_PARTIALS', 'MERGE_SIMDS', 'Partial', 'single_key', 'merge',
-           'decode_sizes', 'launch_decode', 'decode', 'choose_part_size', 'decode_split', 'decode_attend']
+__all__ = ['DECODE', 'MAX_HEADS', 'MAX_SIMDS', 'UNROLL', 'FULL_GRID', 'MERGE_PARTIALS', 'MERGE_SIMDS', 'Partial', 'single_key',
+           'merge', 'decode_sizes', 'launch_decode', 'decode', 'choose_part_size', 'decode_split', 'decode_attend']
 
 # %% ../../nbs/06a_softmax.ipynb #ee950c83
 class Partial(NamedTuple):
@@ -35,7 +35,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     f, g = 2 ** (a.m - m), 2 ** (b.m - m)
     return Partial(m, a.s * f + b.s * g, a.o * f + b.o * g)
 
-# %% ../../nbs/06a_softmax.ipynb #18d1520c
+# %% ../../nbs/06a_softmax.ipynb #23106f3b
 DECODE = Kernel("""
 constant constexpr float LOW = -1e30f, MASKED = -3e38f;
 kernel void paged_decode(device O4* out, device const T4* q, device const T4* k,
@@ -49,8 +49,8 @@ kernel void paged_decode(device O4* out, device const T4* q, device const T4* k,
   if (first >= last) return;                                // all threads of it, or none
   device const int* table = tables + owners[t] * B;
 #define KEY(tile) min((tile) + i, last - 1)
-#define SLOT(tile) (table[KEY(tile) / S] * S + KEY(tile) % S)
-  const int begin = first + 32 * sg, ahead = begin < last ? SLOT(begin) : 0;
+#define ROW(tile) ((table[KEY(tile) / S] * S + KEY(tile) % S) * KV + kv)
+  const int begin = first + 32 * sg, ahead = begin < last ? ROW(begin) : 0;
   follow();                                                 // queries, keys and values are there
   threadgroup float4 queries[HEADS][D4];
   for (int n = index; n < HEADS * D4; n += 32 * SIMDS)
@@ -58,60 +58,60 @@ kernel void paged_decode(device O4* out, device const T4* q, device const T4* k,
   threadgroup_barrier(mem_flags::mem_threadgroup);
   float4 o[HEADS];                                          // a Partial for each head
   float m[HEADS], s[HEADS];
-  for (int g = 0; g < HEADS; g++) { o[g] = float4(0.0f); m[g] = LOW; s[g] = 0.0f; }
+  unrolled for (int g = 0; g < HEADS; g++) { o[g] = float4(0.0f); m[g] = LOW; s[g] = 0.0f; }
 
   const int group = i / LANES * LANES, l = i % LANES;       // for scores: LANES lanes share a key
   const int row = i / D4 % ROWS, column = i % D4;           // for values: D4 lanes share a row
-  const bool busy = i < ROWS * D4;
+  const bool busy = ROWS * D4 == 32 || i < ROWS * D4;
   for (int tile = begin; tile < last; tile += 32 * SIMDS) {
-    const int slot = tile == begin ? ahead : SLOT(tile);    // lane i looks up key i of the tile
+    const int mine = tile == begin ? ahead : ROW(tile);     // lane i looks up key i of the tile
     device const T4* keys[LANES];
     float x[HEADS][LANES];
-    for (int j = 0; j < LANES; j++) {
-      keys[j] = k + ((long)simd_shuffle(slot, group + j) * KV + kv) * D4 + l;
-      for (int g = 0; g < HEADS; g++) x[g][j] = 0.0f;
+    unrolled for (int j = 0; j < LANES; j++) {
+      keys[j] = k + (long)simd_shuffle(mine, group + j) * D4 + l;
+      unrolled for (int g = 0; g < HEADS; g++) x[g][j] = 0.0f;
     }
-    #pragma unroll
+    #pragma unroll UNROLL
     for (int c = 0; c < D4; c += LANES) {
       float4 a[LANES];
-      for (int j = 0; j < LANES; j++) a[j] = float4(keys[j][c]);
-      for (int g = 0; g < HEADS; g++) {
+      unrolled for (int j = 0; j < LANES; j++) a[j] = float4(keys[j][c]);
+      unrolled for (int g = 0; g < HEADS; g++) {
         const float4 b = queries[g][c + l];
-        for (int j = 0; j < LANES; j++)
+        unrolled for (int j = 0; j < LANES; j++)
           x[g][j] = fma(a[j].x, b.x, fma(a[j].y, b.y,
                     fma(a[j].z, b.z, fma(a[j].w, b.w, x[g][j]))));
       }
     }
     float p[HEADS];                                         // the softmax of the tile
-    for (int g = 0; g < HEADS; g++) {
-      for (int w = LANES / 2; w; w /= 2)
-        for (int j = 0; j < w; j++) {
+    unrolled for (int g = 0; g < HEADS; g++) {
+      unrolled for (int w = LANES / 2; w; w /= 2)
+        unrolled for (int j = 0; j < w; j++) {
           const float keep = l & w ? x[g][j + w] : x[g][j];
           const float give = l & w ? x[g][j] : x[g][j + w];
           x[g][j] = keep + simd_shuffle_xor(give, w);
         }
       const float score = tile + i < last ? x[g][0] : MASKED;
-      const float top = max(m[g], simd_max(score)), shrink = exp2(m[g] - top);
-      p[g] = exp2(score - top);
+      const float top = max(m[g], simd_max(score)), shrink = fast::exp2(m[g] - top);
+      p[g] = fast::exp2(score - top);
       s[g] = s[g] * shrink + p[g];                          // of this lane's keys
       o[g] *= shrink;
       m[g] = top;
     }
-    #pragma unroll
+    #pragma unroll UNROLL
     for (int r = 0; r < 32; r += TILE * ROWS) {             // its values
       float4 a[TILE];
-      for (int j = 0; j < TILE; j++) {
-        const long at = simd_shuffle(slot, r + j * ROWS + row);
-        a[j] = busy ? float4(v[(at * KV + kv) * D4 + column]) : float4(0.0f);
+      unrolled for (int j = 0; j < TILE; j++) {
+        const long at = simd_shuffle(mine, r + j * ROWS + row);
+        a[j] = busy ? float4(v[at * D4 + column]) : float4(0.0f);
       }
-      for (int j = 0; j < TILE; j++)
-        for (int g = 0; g < HEADS; g++)
+      unrolled for (int j = 0; j < TILE; j++)
+        unrolled for (int g = 0; g < HEADS; g++)
           o[g] = fma(float4(simd_shuffle(p[g], r + j * ROWS + row)), a[j], o[g]);
     }
   }
   threadgroup float4 parts[SIMDS * ROWS][HEADS][D4];        // merge the simdgroups
   threadgroup float tops[SIMDS][HEADS], sums[SIMDS][HEADS];
-  for (int g = 0; g < HEADS; g++) {
+  unrolled for (int g = 0; g < HEADS; g++) {
     const float sum = simd_sum(s[g]);
     if (i == 0) { tops[sg][g] = m[g]; sums[sg][g] = sum; }
     if (busy) parts[sg * ROWS + row][g][column] = o[g];
@@ -123,7 +123,7 @@ kernel void paged_decode(device O4* out, device const T4* q, device const T4* k,
     float4 all = float4(0.0f);
     for (int a = 0; a < SIMDS; a++) top = max(top, tops[a][g]);
     for (int a = 0; a < SIMDS; a++) {
-      const float f = exp2(tops[a][g] - top);
+      const float f = fast::exp2(tops[a][g] - top);
       sum += f * sums[a][g];
       for (int b = 0; b < ROWS; b++) all += f * parts[a * ROWS + b][g][c];
     }
@@ -137,8 +137,9 @@ kernel void paged_decode(device O4* out, device const T4* q, device const T4* k,
   }
 }""")
 
-# %% ../../nbs/06a_softmax.ipynb #11446ef5
-MAX_HEADS, MAX_SIMDS = dict(METAL=8, CUDA=4), 8    # query heads and simdgroups of a threadgroup
+# %% ../../nbs/06a_softmax.ipynb #4aada56a
+MAX_HEADS = {64: dict(METAL=8, CUDA=4), 128: dict(METAL=4, CUDA=4)}   # for dimensions up to this
+MAX_SIMDS, UNROLL = 8, dict(METAL=2, CUDA=32)    # of a threadgroup; steps of a loop written out
 FULL_GRID = dict(CUDA=256, METAL=160)   # threadgroups that occupy a device: two a core of an H100
 
 def decode_sizes(
@@ -150,7 +151,8 @@ def decode_sizes(
     "Return what the text leaves open: the shapes, and how the work is cut into threadgroups."
     (_, H, D), (_, S, KV, _), B = q.shape, k.shape, tables.shape[1]
     device = q.device.split(':')[0]
-    divisors = [n for n in range(1, MAX_HEADS.get(device, 8) + 1) if H // KV % n == 0]
+    most = MAX_HEADS[64 if D <= 64 else 128].get(device, 8)
+    divisors = [n for n in range(1, most + 1) if H // KV % n == 0]
     idle = part is None and q.shape[0] * H <= FULL_GRID.get(device, 1)    # more cores
     heads = divisors[0 if idle else -1]
     part, rows = min(part or B * S, B * S), 128 // D
@@ -159,6 +161,7 @@ def decode_sizes(
     return dict(T4=T4, O4=T4, SPLIT=0, H=H, KV=KV, D4=D // 4, S=S, B=B,
                 SCALE=D**-0.5 * log2(e), HEADS=heads, SIMDS=simds, LANES=4, ROWS=rows,
                 TILE=min(8, 32 // rows), PART=part, PARTS=-(-B * S // part),
+                UNROLL=UNROLL.get(device, 1),
                 RESIDENT=2 if q.dtype == dtypes.half else 1)
 
 # %% ../../nbs/06a_softmax.ipynb #0c18b58b
@@ -190,7 +193,7 @@ def decode(
     check_attention(DECODE, *inputs)
     return launch_decode(DECODE, q.empty_like(), inputs, decode_sizes(q, k, tables) | tuned)
 
-# %% ../../nbs/06a_softmax.ipynb #ed5589b7
+# %% ../../nbs/06a_softmax.ipynb #071ddfc0
 MERGE_PARTIALS = Kernel('''
 constant constexpr float LOW = -1e30f;
 kernel void merge_partials(device T4* out, device const float4* partials,
@@ -205,12 +208,12 @@ kernel void merge_partials(device T4* out, device const float4* partials,
   top = simd_max(top);
   for (int a = i; a < n; a += 32) {
     const float4 p = part[a * (D4 + 1) + D4];
-    sum += exp2(p.x - top) * p.y;
+    sum += fast::exp2(p.x - top) * p.y;
   }
   sum = simd_sum(sum);
   float4 all = float4(0.0f);
   for (int a = sg; a < n; a += SIMDS)
-    if (i < D4) all += part[a * (D4 + 1) + i] * exp2(part[a * (D4 + 1) + D4].x - top);
+    if (i < D4) all += part[a * (D4 + 1) + i] * fast::exp2(part[a * (D4 + 1) + D4].x - top);
   if (i < D4) sums[sg][i] = all;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (sg > 0 || i >= D4) return;
