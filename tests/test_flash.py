@@ -18,7 +18,7 @@ from tinyvllm.kernels.flash_cuda import FLASH_CUDA, FLASH_CUDA_TEXT
 from tinyvllm.engine import defaults
 from tinyvllm.engine.defaults import best_attend, best_cache
 from tinyvllm.models.llama import Llama, model_config, rope_table
-from tinyvllm.kernels.metal import PTX, Kernel, check_compiles
+from tinyvllm.kernels.metal import PTX, Kernel, find_refusal
 from tinyvllm.metalsim import counting, lint
 from tinyvllm.metalsim.source import strip_comments
 from tinyvllm.kv_cache.paged import PagedBatch, PagedKVCache, paged_attend
@@ -279,10 +279,10 @@ def test_refusals():
 
 @simulator
 def test_one_program_serves_all_steps():
-    before = check_compiles.cache_info().misses
+    before = find_refusal.cache_info().misses
     for new, past, padding in (((3,), (0,), 0), ((9, 1), (5, 40), 6), ((40, 2, 1), (0, 0, 70), 1)):
         assert error(step(np.random.default_rng(0), new, past, H=10, K=2, padding=padding)) <= 2e-3
-    assert check_compiles.cache_info().misses - before <= 1
+    assert find_refusal.cache_info().misses - before <= 1
 
 
 @simulator

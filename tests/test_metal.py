@@ -252,7 +252,7 @@ def test_a_kernel_is_compiled_once_for_each_set_of_constants(device, monkeypatch
     x, compiler, texts = buffer(range(9), device), Device[device].compiler, []
     compile_cached = compiler.compile_cached
     monkeypatch.setattr(compiler, 'compile_cached', lambda text: (texts.append(text), compile_cached(text))[1])
-    metal.check_compiles.cache_clear()
+    metal.find_refusal.cache_clear()
     for a in (3.25, 3.25, 4.25, 3.25):
         with counting() as c:
             assert axpy(x, x, a=a).tolist()[1] == a + 1
@@ -418,7 +418,8 @@ def test_what_each_device_gets():
         text = AXPY.source(device, 32, constants)
         head = '#define RESIDENT 0\n' * (device == 'CUDA') + '#define T half\n#define N 4\n'
         assert text.startswith(prelude + head) and '#line 1 "axpy"\n' in text
-    assert AXPY.source('METAL', 32, constants).endswith(AXPY.metal)
+    declared = AXPY.metal.replace('kernel void', '[[max_total_threads_per_threadgroup(32)]] kernel void')
+    assert AXPY.source('METAL', 32, constants).endswith(declared)
     own = Kernel(AXPY.metal, cuda='extern "C" __global__ void axpy(T* y) {}')
     assert own.source('CUDA', 32, {'T': 'float'}) == f'#define T float\n#line 1 "axpy"\n{own.cuda}'
 

@@ -21,6 +21,8 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +42,9 @@ void name(T* restrict y, T* restrict w, T* restrict x) { \\
 MATVEC(half_matvec, __fp16, half4)
 MATVEC(float_matvec, float, float4)
 """
+OLDEST_FAMILY = 7  # of Apple's GPUs that run our kernels
 INSTALL_COMPILER = 'install clang, or `pip install ziglang`'
+STDERR_LOCK = threading.Lock()  # the error stream belongs to the process
 PROBE_FLAGS = '-shared -x c -O2 -fPIC -ffreestanding -fno-math-errno -nostdlib'.split()
 PROBE_FLAGS.append('-march=native' if platform.machine() == 'x86_64' else '-mcpu=native')
 
@@ -87,6 +91,14 @@ def best_device() -> str:
         return 'CPU' if failed or count.value == 0 else 'CUDA'
     except (OSError, AttributeError):  # no driver
         return 'CPU'
+
+
+def is_old_gpu(
+    family: str, # tinygrad's name of a Metal GPU's family: Apple9, or Mac2 on an Intel Mac
+) -> bool:
+    "Does it come before Apple7 (M1), the first whose simdgroups add and multiply matrices?"
+    number = family.removeprefix('Apple')
+    return not number.isdigit() or int(number) < OLDEST_FAMILY
 
 
 def best_compiler() -> str | None:
@@ -239,6 +251,22 @@ def compiler_name() -> str:
         from importlib.metadata import version
         return f"zig {version('ziglang')} (ziglang wheel)"
     return first_line(compiler) or f'none ({INSTALL_COMPILER})'
+
+
+@contextmanager
+def capture_stderr() -> Iterator[list[str]]:
+    "Collect what this process and its children write to the error stream inside the block, as one text."
+    messages = []
+    with STDERR_LOCK, tempfile.TemporaryFile('w+') as log:
+        saved = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield messages
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            log.seek(0)
+            messages.append(log.read())
 
 
 def first_line(compiler: str) -> str:
