@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.metal_cases import TOP
 
-from tinyvllm.metalsim import Library, MetalError
+from tinyvllm.metalsim import Library, MetalError, launching
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='a Mac has the real one')
 CHECKS = pytest.mark.parametrize('check', [True, False], ids=['checked', 'plain'])

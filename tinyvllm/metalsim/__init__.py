@@ -11,6 +11,8 @@ alignment, races, uninitialised threadgroup memory; each complaint names the lin
     lint(source)                                                # what Metal's own compiler refuses
     with counting() as counts:                                  # who ran, reads, writes and bytes
         add([a, b, out, len(a)], grid=(4,), threads=(256,))
+    with launching('add', order=1, origin=(3, 0, 0)):           # backwards, only the last threadgroup
+        add([a, b, out, len(a)], grid=(4,), threads=(256,))
     with capturing() as sources:                                # what tinygrad compiles and runs
         Tensor.ones(4, device='METAL').realize()
 
@@ -24,6 +26,7 @@ how fast a kernel is, nor whether it fits into a GPU's registers.
 Environment variables, for the device METAL:
 
     METALSIM_CHECK=0       run without checks, faster; 1 is the default
+    METALSIM_FLUSH=0       keep denormals of single precision; 1, zero as on a GPU, is the default
     METALSIM_LINT=1        lint each source before it is compiled; 0 is the default
     METALSIM_ARCH=Apple7   the GPU's family: Apple7 is M1, Apple8 is M2, Apple9 (the default) M3 and M4
     METALSIM_CC=clang-14   the compiler; default: $CC, the first clang there is, ziglang
@@ -35,7 +38,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 _HOMES = {'Library': 'kernel', 'Kernel': 'kernel', 'MetalError': 'compiler', 'MetalCompileError': 'compiler',
-          'lint': 'linter', 'verify': 'checks', 'counting': 'counts',
+          'lint': 'linter', 'verify': 'checks', 'counting': 'counts', 'launching': 'kernel',
           'capturing': 'capture'}
 __all__ = [*_HOMES, 'install']
 

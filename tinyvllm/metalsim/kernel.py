@@ -3,7 +3,8 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -43,7 +44,24 @@ class Launch(ctypes.Structure):
                 ('count', ctypes.c_uint), ('ntg', ctypes.c_uint * 3), ('tgsz', ctypes.c_uint * 3),
                 *((name, ctypes.c_int) for name in ('order', 'check', 'strict', 'fill', 'flat', 'flush')),
                 ('seed', ctypes.c_uint64), ('race_limit', ctypes.c_uint64), ('dynamic', ctypes.c_uint32 * DYNAMIC),
-                ('image_lo', ctypes.c_void_p), ('image_hi', ctypes.c_void_p), ('word', Word)]
+                ('image_lo', ctypes.c_void_p), ('image_hi', ctypes.c_void_p), ('word', Word),
+                ('origin', ctypes.c_uint * 3)]
+
+
+_open: list[tuple[str | None, dict]] = []
+
+
+@contextmanager
+def launching(
+    kernel: str | None = None, # name of the kernels that are meant; None: all
+    **how, # see `Kernel.dispatch`
+) -> Iterator[None]:
+    "Inside the block kernels are launched with these arguments, also those that tinygrad launches."
+    _open.append((kernel, how))
+    try:
+        yield
+    finally:
+        _open.remove((kernel, how))
 
 
 class Library:
@@ -124,6 +142,18 @@ class Kernel:
         sizes: list[int], # in bytes
         grid: Sequence[int], # threadgroups
         threads: Sequence[int], # in a threadgroup
+        **how, # see `dispatch`; `launching` goes before it
+    ) -> None:
+        "Run the kernel on addresses of memory; raises `MetalError`."
+        for name, options in _open:
+            how |= options if name in (None, self.name) else {}
+        self.dispatch(addresses, sizes, three(grid), three(threads), **how)
+
+    def dispatch(self,
+        addresses: list[int], # by buffer index
+        sizes: list[int], # in bytes
+        grid: tuple[int, int, int], # threadgroups
+        threads: tuple[int, int, int], # in a threadgroup
         order: int = 0, # of the threads: 0 forwards, 1 backwards, 2 shuffled, 3 interleaved too
         fill: int = 0xff, # byte that fresh threadgroup memory is full of
         seed: int = 1, # of the shuffling
@@ -131,13 +161,13 @@ class Kernel:
         dynamic: Sequence[int] = (), # bytes for [[threadgroup(0)]], [[threadgroup(1)]], ...
         publish: tuple[int, int, int] | None = None, # index, offset, size of a word that announces its buffer
         flush: bool = FLUSH, # denormals of single precision are zero, as on a GPU
+        origin: Sequence[int] = (0, 0, 0), # threadgroups before it, in any direction, do not run
     ) -> None:
-        """Run the kernel on addresses of memory; raises `MetalError`.
+        """Run the kernel as it is told to.
 
         Whoever polls `publish` from outside may read the rest of its buffer as soon as it is written: in check mode a
         barrier for device memory must come between all that was written before and the word, and nothing after it.
         """
-        grid, threads = three(grid), three(threads)
         if prod(threads) > self.signature.max_threads:
             raise MetalError(f'{self.name}: {prod(threads)} threads, '
                              f'max_total_threads_per_threadgroup is {self.signature.max_threads}')
@@ -145,7 +175,8 @@ class Kernel:
         bindings = (Binding * max(1, len(addresses)))(*map(self.binding, range(len(addresses)), addresses, sizes))
         self.run(Launch(self.entry(), ctypes.addressof(buffers), ctypes.addressof(bindings), len(addresses), grid,
                         threads, order, self.library.check, strict, fill, self.library.flat, flush, seed, RACE_LIMIT,
-                        (ctypes.c_uint32 * DYNAMIC)(*dynamic), *self.library.image, word_of(publish, addresses)))
+                        (ctypes.c_uint32 * DYNAMIC)(*dynamic), *self.library.image, word_of(publish, addresses),
+                        (ctypes.c_uint * 3)(*origin)))
         note(Dispatch(self.name, grid, threads, self.traffic(bindings)))
 
     def run(self, launch: Launch) -> None:

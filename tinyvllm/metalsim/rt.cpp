@@ -70,6 +70,7 @@ struct Launch {
     uint32_t dynamic[8];
     uintptr_t image_lo, image_hi;                // where the kernel's code and constants are
     Word word;
+    uint origin[3]; // the first threadgroup that runs, in each direction
 };
 
 static const Launch* launch;
@@ -651,11 +652,17 @@ static void fiber_main() {
     current()->state = DONE;
     die();
 }
+static void find_group(uint* in_grid) { // the position of the threadgroup that runs
+    uint64_t row = group / launch->ntg[0];
+    in_grid[0] = (uint)(group % launch->ntg[0]);
+    in_grid[1] = (uint)(row % launch->ntg[1]);
+    in_grid[2] = (uint)(row / launch->ntg[1]);
+}
 static void place(uint i) { // thread i of the threadgroup: its numbers, its stack
     const Launch& l = *launch;
     Fiber& f = fibers[i];
-    uint64_t row = group / l.ntg[0];
-    uint in_grid[3] = {(uint)(group % l.ntg[0]), (uint)(row % l.ntg[1]), (uint)(row / l.ntg[1])};
+    uint in_grid[3];
+    find_group(in_grid);
     uint in_group[3] = {i % l.tgsz[0], i / l.tgsz[0] % l.tgsz[1], i / l.tgsz[0] / l.tgsz[1]};
     for (int k = 0; k < 3; k++) {
         f.t.tg[k] = in_grid[k], f.t.lid[k] = in_group[k];
@@ -718,10 +725,15 @@ static bool bind() { // one access history for each set of overlapping bindings 
     return !failed;
 }
 static void run_groups() {
+    bool is_first = true;
     uint64_t groups = (uint64_t)launch->ntg[0] * launch->ntg[1] * launch->ntg[2];
     for (uint64_t i = 0; i < groups && !failed; i++) {
         group = launch->order == 1 ? groups - 1 - i : i;
-        memset(arena, launch->fill, i == 0 ? (size_t)ARENA : arena_top);
+        uint at[3];
+        find_group(at);
+        if (at[0] < launch->origin[0] || at[1] < launch->origin[1] || at[2] < launch->origin[2]) continue;
+        memset(arena, launch->fill, is_first ? (size_t)ARENA : arena_top);
+        is_first = false;
         run_group();
         for (uint k = 0; k < num_threads; k++) earlier_writes |= fibers[k].wrote != 0;
     }
@@ -735,7 +747,7 @@ extern "C" int msl_launch(const Launch* l) { // 0, or 1 with the reason in msl_e
     if (num_threads == 0 || num_threads > MAX_THREADS)
         set_error("%u threads in a threadgroup (1..%d allowed)", num_threads, MAX_THREADS);
     Processor processor;
-    if (l->flat) ((void (*)(void* const*, const uint*, const uint*))l->entry)(l->buffers, l->ntg, l->tgsz);
+    if (l->flat) ((void (*)(void* const*, const uint*, const uint*, const uint*))l->entry)(l->buffers, l->ntg, l->tgsz, l->origin);
     else if (!failed && bind()) run_groups();
     msl_cur = 0;
     if (l->check && l->word.hi && !published)

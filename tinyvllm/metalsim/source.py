@@ -21,12 +21,12 @@ ATTRIBUTE = re.compile(r'\[\[\s*(?!unlikely|likely|fallthrough|maybe_unused)[a-z
 THREADGROUP = re.compile(r'(?:\balignas\s*\((?:[^()]|\([^()]*\))*\)\s*)*\bthreadgroup\b(?!_)')
 ALIGNMENT = re.compile(r'__attribute__\s*\(\((?:[^()]|\([^()]*\))*\)\)|\balignas\s*\((?:[^()]|\([^()]*\))*\)')
 VARIABLE = re.compile(r'\s*(?:const\s+)?(.*?)([A-Za-z_]\w*)\s*((?:\[[^\]]*\]\s*)*)\s*$', re.DOTALL)
-FLAT = '''extern "C" void msl_flat_{name}(void* const* b, const uint* n, const uint* t) {{
+FLAT = '''extern "C" void msl_flat_{name}(void* const* b, const uint* n, const uint* t, const uint* o) {{
   msl_thread c;
   c.nsimd = (t[0] * t[1] * t[2] + 31) / 32;
   c.active = ~0u;
   for (int k = 0; k < 3; k++) {{ c.tgsz[k] = t[k]; c.ntg[k] = n[k]; c.gsz[k] = n[k] * t[k]; }}
-  for (uint z = 0; z < n[2]; z++) for (uint y = 0; y < n[1]; y++) for (uint x = 0; x < n[0]; x++) {{
+  for (uint z = o[2]; z < n[2]; z++) for (uint y = o[1]; y < n[1]; y++) for (uint x = o[0]; x < n[0]; x++) {{
     c.tg[0] = x; c.tg[1] = y; c.tg[2] = z; c.index = 0;
     for (uint lz = 0; lz < t[2]; lz++) for (uint ly = 0; ly < t[1]; ly++)
       for (uint lx = 0; lx < t[0]; lx++, c.index++) {{
