@@ -9,7 +9,7 @@ import numpy as np
 from tinygrad import Device, Tensor, dtypes
 
 # %% auto #0
-__all__ = ['set_cuda_context', 'allocate_mapped', 'allocate_shared', 'wait_for_command_buffer']
+__all__ = ['set_cuda_context', 'allocate_mapped', 'allocate_shared', 'wait_for_command_buffer', 'has_finished']
 
 # %% ../../nbs/07ac_shared_memory.ipynb #39ab2e35
 def set_cuda_context(
@@ -45,14 +45,33 @@ def allocate_shared(
     view = tensor.uop.base.buffer.as_memoryview(force_zero_copy=True)
     return tensor, np.frombuffer(view, np.int32)
 
-# %% ../../nbs/07ac_shared_memory.ipynb #9e3209b1
+# %% ../../nbs/07ac_shared_memory.ipynb #beef62da
 def wait_for_command_buffer(
     device: str, # tinygrad's name
     command_buffer, # of Metal's
 ) -> None:
-    "Wait until it has ended, and let tinygrad forget it and those before. Raises its error."
+    "Wait for it and those before, and let tinygrad forget them. Raises the first error of any."
     from tinygrad.runtime.ops_metal import wait_check
-    wait_check(command_buffer)
     in_flight = Device[device].mtl_buffers_in_flight
-    if command_buffer in in_flight:
-        del in_flight[:in_flight.index(command_buffer) + 1]
+    n = in_flight.index(command_buffer) + 1 if command_buffer in in_flight else 0
+    try:
+        for each in in_flight[:n] or [command_buffer]:
+            wait_check(each)
+    finally:
+        del in_flight[:n]
+
+# %% ../../nbs/07ac_shared_memory.ipynb #4b088377
+def has_finished(
+    device: str, # tinygrad's name
+) -> bool:
+    "Has the device done all that it was given? Raises the error that it failed with."
+    if not device.startswith('CUDA'):
+        Device[device].synchronize()
+        return True
+    from tinygrad.runtime.autogen import cuda
+    from tinygrad.runtime.ops_cuda import check
+    set_cuda_context(device)
+    status = cuda.cuStreamQuery(None)
+    if status == cuda.CUDA_ERROR_NOT_READY: return False
+    check(status)
+    return True
