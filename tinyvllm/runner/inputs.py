@@ -20,7 +20,7 @@ __all__ = ['NUM_STEPS', 'Parts', 'PREPARE_INPUTS', 'PREPARE', 'NUM_STAGING_BUFFE
            'lay_out', 'view_part', 'find_known_tokens', 'BlockTables', 'draw_uniforms', 'SamplingMetadata',
            'StagingBuffer', 'prepare_constants', 'InputBuffers']
 
-# %% ../../nbs/07b_inputs.ipynb #23d3d913
+# %% ../../nbs/07b_inputs.ipynb #e624e603
 NUM_STEPS = 64    # steps that may be on their way: launched, and their tokens not read
 
 class StepState:
@@ -42,8 +42,8 @@ class StepState:
         return self.step_id
 
     def cancel(self) -> None:
-        "Take back the last reservation: its step did not run, so the device did not count it."
-        self.step_id -= 1
+        "After a launch that failed: take its number back, unless the device has counted the step."
+        self.step_id = self.step_counter.item() - 1
 
 # %% ../../nbs/07b_inputs.ipynb #86eaddaf
 Parts = dict[str, tuple[tuple[int, ...], DType]]    # name -> shape, and a dtype of 4 bytes

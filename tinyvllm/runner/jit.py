@@ -87,7 +87,7 @@ class AsyncModelRunnerOutput:
         return [self.errors.get(i, broken if any(t.token_id < 0 for t in new) else new)
                 for i, new in enumerate(out)]
 
-# %% ../../nbs/07c_jit_runner.ipynb #5fc92b2d
+# %% ../../nbs/07c_jit_runner.ipynb #eea6c27e
 class StepGraph:
     "A step of fixed sizes, captured when it first runs. Only what is in its buffers changes."
     def __init__(self,
@@ -129,7 +129,7 @@ class StepGraph:
             with Context(SPLIT_REDUCEOP=0, JIT_BATCH_SIZE=0, PARALLEL=0):
                 command_buffer = self.replay()
         except BaseException:
-            state.cancel()    # the device has not counted it
+            state.cancel()
             raise
         if command_buffer is not None:
             runner.buffer.command_buffers[step_id] = command_buffer
