@@ -204,7 +204,7 @@ def test_the_ziglang_wheel_does_all_that_clang_does():
     done = fresh(ZIG.replace('sys.argv[0]', repr(str(Path(__file__).parent))), METALSIM_CC=zig_wrapper())
     assert not done.stderr
     assert 'out-of-bounds read: 4 bytes at byte 16' in done.stdout and 'kernel.metal:11' in done.stdout
-    assert 'kernel.metal:19: cast between address spaces' in done.stdout
+    assert 'kernel.metal:19' in done.stdout and 'address spaces' in done.stdout
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):

@@ -1,4 +1,4 @@
-"What goes wrong in a kernel while it runs, and what the simulator says: faults, alignment, ranges, publication, denormals."
+"What goes wrong in a kernel while it runs, and what the simulator says: faults, overruns, alignment, ranges, publication, denormals."
 import mmap
 import sys
 
@@ -62,6 +62,63 @@ def test_the_handlers_of_signals_are_put_back():
     with pytest.raises(MetalError):
         division('int', '/', True, 1, 0)
     assert [signal.getsignal(s) for s in (signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)] == before
+
+
+# ---------------------------------------------------------------- arrays of a thread, and constant ones
+ARRAYS = TOP + """constant float tab[4] = {1, 2, 3, 4}; constant float tab2[2][2] = {{1, 2}, {3, 4}};
+constant float tab8[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+float get(thread const float* p, int n) { return p[n]; }
+float look(constant float* p, int n) { return p[n]; }
+template <typename T> T row(thread T (&p)[4], int n) { return p[n]; }
+struct Middle { float v[4]; float w[8]; };
+struct Last { float w[8]; float v[4]; };
+kernel void k(device float* o, constant int& n) {
+  BODY
+}
+"""
+FOUR = 'float a[4] = {1, 2, 3, 4}; '
+INDEX, POINTER = r'index -?\d+ is out of bounds of ', 'out-of-bounds access to an array of the thread, or to a constant'
+# what: the body of a kernel with n = 5, and what the message must say with which line
+OVERRUNS = {
+    'loop': ('float a[4]; for (int j = 0; j < n; j++) a[j] = j; o[0] = a[2];', INDEX + r"'float\[4\]'.*:11"),
+    'loop to a constant': ('float a[4]; for (int j = 0; j <= 4; j++) a[j] = j; o[0] = a[2];', INDEX + '.*:11'),
+    'constant index': (FOUR + 'o[0] = a[4];', INDEX + '.*:11'),
+    'read': (FOUR + 'o[0] = a[n];', INDEX + '.*:11'),
+    'write': (FOUR + 'a[n] = 3; o[0] = a[1];', INDEX + '.*:11'),
+    'negative': (FOUR + 'o[0] = a[-n];', 'index -5 is out .*:11'),
+    'inner dimension': ('float a[4][3] = {}; o[0] = a[1][n];', INDEX + r"'float\[3\]'.*:11"),
+    'outer dimension': ('float a[4][3] = {}; o[0] = a[n][1];', INDEX + '.*:11'),
+    'of a vector': ('float4 v = float4(1); o[0] = v[n];', INDEX + '.*float4.*:11'),
+    'of vectors': ('float4 v[4] = {}; o[0] = v[n].x;', INDEX + '.*:11'),
+    'of halves': ('half a[8] = {}; o[0] = a[n + 4];', INDEX + '.*:11'),
+    'of threadgroup memory': ('threadgroup float a[4]; a[n] = 2; o[0] = a[n];', INDEX + "threadgroup array 'a'.*:11"),
+    'in a struct': ('Middle s = {}; s.w[n] = 1; o[0] = s.v[n];', INDEX + '.*:11'),
+    'at the end of a struct': ('Last s = {}; s.w[n] = 1; o[0] = s.v[n];', POINTER + '.*:11'),
+    'array<T, N>': ('array<float, 4> a; a[0] = 1; o[0] = a[n];', POINTER + '.*:11'),
+    'pointer': (FOUR + 'thread float* p = a; o[0] = p[n];', POINTER + '.*:11'),
+    'pointer, before': (FOUR + 'thread float* p = a + 1; o[0] = p[-n];', POINTER + '.*:11'),
+    'pointer that walks': (FOUR + 'thread float* p = a; for (int j = 0; j < n; j++) o[0] += *p++;', POINTER + '.*:11'),
+    'helper with a pointer': (FOUR + 'o[0] = get(a, n);', POINTER + '.*:5'),
+    'helper with an array': (FOUR + 'o[0] = row(a, n);', INDEX + '.*:7'),
+    'table': ('o[0] = tab[n];', INDEX + r"'const float\[4\]'.*:11"),
+    'table, before': ('o[0] = tab[-n];', INDEX + '.*:11'),
+    'table of two dimensions': ('o[0] = tab2[n][0];', INDEX + '.*:11'),
+    'pointer to a table': ('constant float* p = tab; o[0] = p[n];', POINTER + '.*:11'),
+    'helper with a table': ('o[0] = look(tab, n);', POINTER + '.*:6'),
+    'nothing': ('float a[8] = {}; a[n] = 2; o[0] = a[n] + get(a, n) + tab8[n] + look(tab8, n);', ''),
+}
+
+
+@pytest.mark.parametrize('what', OVERRUNS)
+def test_the_end_of_an_array_is_known(what):
+    body, message = OVERRUNS[what]
+    kernel, out = Library(ARRAYS.replace('BODY', body))['k'], np.zeros(1, np.float32)
+    if message:
+        with pytest.raises(MetalError, match=message.replace('.*:', r'.* at kernel\.metal:') + '$'):
+            kernel([out, 5], (1,), (1,))
+    else:
+        kernel([out, 5], (1,), (1,))
+        assert out[0] == 2 + 2 + 6 + 6
 
 
 # ---------------------------------------------------------------- where threadgroup variables lie

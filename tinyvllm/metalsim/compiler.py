@@ -28,9 +28,11 @@ LANGUAGE = ['-x', 'c++', '-std=c++14', '-nostdinc++', '-Xclang', '-cl-single-pre
 MESSAGES = ['-Wno-everything', '-Werror=return-type', '-ferror-limit=10', '-fno-caret-diagnostics']
 SHARED = ['-shared', '-fPIC', '-nostdlib']
 PLAIN = ['-O2']
-# Scalars are left as they stand in the source, and what is not initialised holds a pattern.
-CHECKED = ['-O1', '-gline-tables-only', '-Xclang', '-fsanitize=thread', '-fno-vectorize', '-fno-slp-vectorize',
-           '-ftrivial-auto-var-init=pattern']
+# Scalars are left as they stand in the source, and what is not initialised holds a pattern. An index is compared
+# with the array's size, and an access through a pointer with what is left of the array, where clang can tell.
+CHECKED = ['-O1', '-gline-tables-only', '-Xclang',
+           '-fsanitize=thread,array-bounds,local-bounds,integer-divide-by-zero', '-Xclang', '-fsanitize-trap=local-bounds',
+           '-fno-vectorize', '-fno-slp-vectorize', '-ftrivial-auto-var-init=pattern']
 WRAP = '-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset'  # clang 14 does not rename what it instruments
 
 

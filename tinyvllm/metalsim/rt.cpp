@@ -526,7 +526,10 @@ struct ArrayType { uint16_t kind, info; char name[1]; };
 struct BadIndex { const char* file; uint line, column; const ArrayType *array, *index; };
 extern "C" {
 void __ubsan_handle_out_of_bounds_abort(const BadIndex* data, intptr_t index) {
-    bad(HERE, "index %ld is out of bounds of %s", (long)index, data->array->name);
+    const char* name = data->array->name; // such as 'float[4]', or 'msl_tgt_x' (aka 'float[4]')
+    bool is_threadgroup = memcmp(name, "'msl_tgt_", 9) == 0;
+    bad(HERE, "index %ld is out of bounds of %s%s", (long)index, is_threadgroup ? "threadgroup array '" : "",
+        name + (is_threadgroup ? 9 : 0));
     die();
 }
 void __ubsan_handle_divrem_overflow_abort(void*, uintptr_t, uintptr_t) {
