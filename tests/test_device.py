@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from tinyvllm import device
+from tinyvllm.device import MetalGPU
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_zig = pytest.mark.skipif(not importlib.util.find_spec('ziglang'), reason='no ziglang wheel')
@@ -112,9 +114,80 @@ def test_import_is_light(tmp_path):
     assert python(code, TINYVLLM_CACHE=str(tmp_path)) == '[]'
 
 
-def test_device_of_this_machine(monkeypatch):
+MACS = {  # what Metal says on real machines (llama.cpp#8617, #3129), the version of macOS, why METAL is not for it
+    'M1': (MetalGPU('Apple M1', True), '14.5', None),
+    'M4 Max': (MetalGPU('Apple M4 Max', True), '26.0', None),
+    'an Intel Mac': (MetalGPU('AMD Radeon Pro 5600M', False), '14.5', 'AMD Radeon Pro 5600M is older than Apple7 (M1)'),
+    'a virtual machine': (MetalGPU('Apple Paravirtual device', False), '14.5', 'Apple Paravirtual device is a virtual GPU'),
+    'a virtual machine of a later macOS': (MetalGPU('Apple Paravirtual device', True), '26.1', 'is a virtual GPU'),
+    'no GPU': (None, '14.5', 'no GPU'),
+    'an old macOS': (MetalGPU('Apple M1', True), '12.7.6', 'macOS 12.7.6 is older than 13')}
+
+
+@pytest.mark.parametrize('mac', MACS)
+def test_metal_is_chosen_where_the_kernels_run(mac, monkeypatch):
+    gpu, macos, reason = MACS[mac]
     monkeypatch.setattr(sys, 'platform', 'darwin')
-    assert device.best_device() == 'METAL'
+    monkeypatch.setattr(device.platform, 'mac_ver', lambda: (macos, ('', '', ''), ''))
+    monkeypatch.setattr(device, 'probe_metal', lambda: gpu)
+    why = device.why_no_metal(gpu, macos)
+    assert device.best_device() == ('CPU' if reason else 'METAL')
+    assert why is None if reason is None else reason in why and why.endswith('the device is CPU') and why.count('.') <= 3
+    monkeypatch.setattr(device, 'best_compiler', lambda: '/c/clang')
+    monkeypatch.setenv('CACHEDB', 'kernels.db')
+    for asked in ('', 'METAL'):
+        monkeypatch.setenv('DEV', asked)
+        monkeypatch.setattr(device, 'update_tinygrad', lambda: None)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            device.setup()
+        assert os.environ['DEV'] == (asked or device.best_device())    # what was asked for is left alone
+        assert [str(w.message) for w in told] == ([why] if why and not asked else [])
+
+
+OBJC = """
+static const char* name = "Apple M1";
+static int same(const char* a, const char* b) {
+  while (*a && *a == *b) a++, b++;
+  return *a == *b;
+}
+const char* sel_registerName(const char* name) { return name; }
+void* MTLCreateSystemDefaultDevice(void) { return (void*)0x700000000123; }
+long objc_msgSend(void* self, const char* selector, long argument) {
+  if (same(selector, "name") && self == (void*)0x700000000123) return (long)&name;
+  if (same(selector, "UTF8String") && self == &name) return (long)name;
+  return same(selector, "supportsFamily:") && self == (void*)0x700000000123 && argument == 1007;
+}"""
+
+
+@linux
+@needs_zig
+def test_metal_is_asked_as_objective_c_wants_it(here, tmp_path, monkeypatch):
+    "A library with the few functions of Apple's that are called; addresses have more than 32 bits."
+    library = tmp_path / 'objc.so'
+    subprocess.run([device.zig_wrapper(), *device.PROBE_FLAGS, '-', '-o', library], input=OBJC.encode(), check=True)
+    loaded, versions = device.ctypes.CDLL(str(library)), iter(['14.5', '12.7', '14.5'])
+    monkeypatch.setattr(device.platform, 'mac_ver', lambda: (next(versions), ('', '', ''), ''))
+    monkeypatch.setattr(device.ctypes, 'CDLL', lambda path: loaded)
+    found = []
+    for _ in range(2):
+        device.probe_metal.cache_clear()
+        found.append(device.probe_metal())
+    monkeypatch.undo()
+    monkeypatch.setattr(device.platform, 'mac_ver', lambda: ('14.5', ('', '', ''), ''))
+    device.probe_metal.cache_clear()
+    found.append(device.probe_metal())    # no such libraries here
+    device.probe_metal.cache_clear()
+    assert found == [MetalGPU('Apple M1', True), None, None]
+
+
+@pytest.mark.parametrize('family, old', [('Apple5', True), ('Apple6', True), ('Apple7', False), ('Apple9', False),
+                                         ('Apple10', False), ('Mac2', True), ('Common3', True), ('', True)])
+def test_families_that_run_the_kernels(family, old):
+    assert device.is_old_gpu(family) == old
+
+
+def test_device_of_this_machine(monkeypatch):
     monkeypatch.setattr(sys, 'platform', 'linux')
     assert device.best_device() in ('CPU', 'CUDA')
 

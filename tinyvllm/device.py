@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 # A matrix-vector product as tinygrad writes it, in both precisions: decoding is made of these.
 PROBE = """
@@ -42,7 +43,8 @@ void name(T* restrict y, T* restrict w, T* restrict x) { \\
 MATVEC(half_matvec, __fp16, half4)
 MATVEC(float_matvec, float, float4)
 """
-OLDEST_FAMILY = 7  # of Apple's GPUs that run our kernels
+OLDEST_FAMILY, OLDEST_MACOS = 7, 13  # of Apple's GPUs that run our kernels; with Metal 3
+APPLE7 = 1007  # MTLGPUFamilyApple7, the M1
 INSTALL_COMPILER = 'install clang, or `pip install ziglang`'
 STDERR_LOCK = threading.Lock()  # the error stream belongs to the process
 PROBE_FLAGS = '-shared -x c -O2 -fPIC -ffreestanding -fno-math-errno -nostdlib'.split()
@@ -56,6 +58,8 @@ def setup() -> None:
     """
     if not os.environ.get('DEV'):
         os.environ['DEV'] = best_device()
+        if sys.platform == 'darwin' and os.environ['DEV'] == 'CPU':
+            warnings.warn(why_no_metal(probe_metal(), platform.mac_ver()[0]), stacklevel=3)
     asked = os.environ.get('CC')
     if compiler := asked if asked and is_clang(asked) else best_compiler():
         os.environ['CC'] = compiler
@@ -82,15 +86,70 @@ def update_tinygrad() -> None:
 
 
 def best_device() -> str:
-    "METAL on a Mac, CUDA where the driver sees a GPU, else CPU."
+    "METAL on a Mac whose GPU runs our kernels, CUDA where the driver sees a GPU, else CPU."
     if sys.platform == 'darwin':
-        return 'METAL'
+        return 'CPU' if why_no_metal(probe_metal(), platform.mac_ver()[0]) else 'METAL'
     try:
         cuda, count = ctypes.CDLL('libcuda.so.1'), ctypes.c_int(0)
         failed = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
         return 'CPU' if failed or count.value == 0 else 'CUDA'
     except (OSError, AttributeError):  # no driver
         return 'CPU'
+
+
+class MetalGPU(NamedTuple):
+    "What Metal says about a Mac's GPU."
+    name: str
+    is_apple7: bool  # of this family or a later one: M1, M2, ...
+
+
+@cache
+def probe_metal() -> MetalGPU | None:
+    """Ask Metal for the default GPU, without tinygrad; None if there is none, or no Metal.
+
+    `MTLCreateSystemDefaultDevice` finds nothing in a process that has not loaded CoreGraphics.
+    """
+    if is_old_macos(platform.mac_ver()[0]):
+        return None
+    try:
+        objc = ctypes.CDLL('/usr/lib/libobjc.dylib')
+        ctypes.CDLL('/System/Library/Frameworks/CoreGraphics.framework/CoreGraphics')
+        create = ctypes.CDLL('/System/Library/Frameworks/Metal.framework/Metal').MTLCreateSystemDefaultDevice
+        create.restype = objc.sel_registerName.restype = ctypes.c_void_p
+        if not (device := create()):
+            return None
+    except (OSError, AttributeError):
+        return None
+
+    def send(receiver, selector: bytes, result, *arguments):
+        types = [ctypes.c_void_p, ctypes.c_void_p, *(ctypes.c_long for _ in arguments)]
+        call = ctypes.CFUNCTYPE(result, *types)(ctypes.cast(objc.objc_msgSend, ctypes.c_void_p).value)
+        return call(receiver, objc.sel_registerName(selector), *arguments)
+    name = send(send(device, b'name', ctypes.c_void_p), b'UTF8String', ctypes.c_char_p)
+    return MetalGPU(name.decode(), send(device, b'supportsFamily:', ctypes.c_bool, APPLE7))
+
+
+def why_no_metal(
+    gpu: MetalGPU | None, # the default GPU; None: there is none
+    macos: str, # its version, such as 14.5
+) -> str | None: # one sentence; None: METAL is the right device
+    "Why is METAL not for this Mac?"
+    if is_old_macos(macos):
+        return f'macOS {macos} is older than {OLDEST_MACOS}, the first with Metal 3; the device is CPU'
+    if gpu is None:
+        return 'this Mac shows no GPU to Metal; the device is CPU'
+    if 'virtual' in gpu.name.lower():
+        return f'{gpu.name} is a virtual GPU, which runs no graphs; the device is CPU'
+    if not gpu.is_apple7:
+        return f'{gpu.name} is older than Apple7 (M1), the first GPU that runs our kernels; the device is CPU'
+    return None
+
+
+def is_old_macos(
+    version: str, # such as 14.5; empty on another system
+) -> bool:
+    "Is it a macOS without Metal 3?"
+    return int(version.partition('.')[0] or 0) < OLDEST_MACOS
 
 
 def is_old_gpu(
