@@ -105,12 +105,13 @@ def in_turn(sides, samples, **gate):
 
 
 def write_row(path, row) -> None:
-    "Add a line to a result file, with the commit, the day and the command."
+    "Add a line to a result file, with the command, and the commit and the day if the row has none of its own."
     from tinyvllm.measure import commit
     command = ' '.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *map(portable, sys.argv[1:])])
     path.parent.mkdir(exist_ok=True)
     with path.open('a', encoding='utf-8') as file:
-        file.write(json.dumps(row | dict(commit=commit(), date=date.today().isoformat(), command=command)) + '\n')
+        about = dict(commit=row.get('commit', commit()), date=row.get('date', date.today().isoformat()))
+        file.write(json.dumps(row | about | dict(command=command)) + '\n')
 
 
 def portable(word: str) -> str:

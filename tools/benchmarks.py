@@ -11,6 +11,7 @@ SUBJECTS = {
     'The engine': ['scheduler', 'host', 'runner', 'chunked', 'metrics'],
     'Quality': ['quant_quality', 'json_schemas', 'control'],
     'The server': ['serve_speed', 'serve_load'],
+    'Other machines': ['from_report'],
     'Beside others': ['llama_cpp', 'gpt_fast', 'h100', 'trace']}
 HEAD = """<!-- Written by tools/benchmarks.py: edit that, and the docstrings. -->
 

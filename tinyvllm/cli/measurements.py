@@ -74,6 +74,7 @@ def measure_rung(
     repeat: int = 3,  # measured runs; one more comes first and compiles
     name: str = '',  # of the model
     fast: Llama | None = None,  # for rung 10c: the model as `LLM` has it
+    tick: Callable[[], object] = lambda: None,  # called after each step; what it raises ends the measurement
 ) -> LadderRow:  # of the median run
     "Measure a rung and check its tokens. Raises `BadInput` for a workload beyond the context."
     runs_on = fast if fast and rung == '10c' else model
@@ -82,8 +83,8 @@ def measure_rung(
         raise BadInput(f'{work} tokens are {work.room}, and the context is {context}; ask for fewer')
     prompts = work.prompts(model.config.vocab_size)
     stream = rung_stream(rung, runs_on, work, prompts)
-    bar = trange(1 + repeat, desc=f'{rung} ×{work.requests}', unit='run')
-    runs = [measure_stream(stream) for _ in bar][1:]
+    bar = trange(1 + repeat, desc=f'{rung} ×{work.requests}', unit='run', leave=False, disable=None)
+    runs = [measure_stream(lambda: each_step(stream(), tick)) for _ in bar][1:]
     answers = (runs[0].tokens[i::work.requests] for i in range(work.requests))  # a step has one of each
     equal = [same_greedy(model, prompt, answer) for prompt, answer in zip(prompts, answers)]
     row = ladder_row(runs, weight_bytes(runs_on), kv_bytes(runs_on) * work.room, work.requests, rung=rung,
@@ -109,6 +110,13 @@ def rung_stream(rung: str, model: Llama, work: Workload, prompts: list[list[int]
         return lambda: engine_stream(engine, prompts, work.tokens)
     cache = {'01': NoCache, '01c': lambda: KVCache(model, work.room)}[rung]
     return lambda: generate(model, prompts[0], work.tokens, cache=cache())
+
+
+def each_step(steps: Iterable, tick: Callable[[], object]) -> Iterator:
+    "Pass steps on, and call `tick` after each."
+    for step in steps:
+        yield step
+        tick()
 
 
 def blocks_for(work: Workload, block_size: int = 16) -> int:
