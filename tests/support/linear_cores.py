@@ -4,15 +4,16 @@ What flash attention's text reaches assembly through is in `support.tensor_cores
 texts. Copies happen when a group is waited for, and no earlier.
 """
 import re
-from types import SimpleNamespace
 
-import numpy as np
 from support.tensor_cores import SIMULATED_PTX
 from tinygrad import Tensor
 
+from tinyvllm.cli.cases.products import FORMAT_NAMES, pack_parts, random_parts, step_of
 from tinyvllm.kernels.linear_gpu import kernel_of
 from tinyvllm.kernels.linear_stream import TENSOR
 from tinyvllm.kernels.metal import Kernel
+from tinyvllm.quant.formats import format_of
+from tinyvllm.quant.pack import Packed
 
 ATTRIBUTES = ''', uint2 group [[threadgroup_position_in_grid]],
     uint lane_ [[thread_index_in_simdgroup]], uint simd_ [[simdgroup_index_in_threadgroup]]) {
@@ -92,60 +93,12 @@ def simulate(rung: str, text: str = '', **variant) -> Kernel:
     return Kernel(SIMULATED_PTX[:start] + COPIES + SIMULATED_PTX[end:] + SIMULATED_WORDS + body)
 
 
-# --- matrices in every format, in numpy
+# --- matrices in every format, as `tinyvllm doctor` draws them
 
-FORMATS = {    # bits, group, scales
-    'f32': (32, 0, 'none'), 'f16': (16, 0, 'none'), 'int8': (8, 0, 'scale'), 'int8-g32': (8, 32, 'scale'),
-    'int8-g64': (8, 64, 'scale'), 'int4-g32': (4, 32, 'scale'), 'int4-g64': (4, 64, 'scale'),
-    'int4-g32-zp': (4, 32, 'zero'), 'q4_1': (4, 32, 'min'), 'q4_k': (4, 32, 'q4_k'), 'q6_k': (6, 16, 'q6_k')}
+FORMATS = {name: (f.bits, f.group, f.scales) for name in FORMAT_NAMES if name != 'bf16' for f in [format_of(name)]}
+numbers, multiple = random_parts, step_of
 
 
-def multiple(name: str) -> int:
-    "A row has a multiple of so many weights."
-    bits, group, scales = FORMATS[name]
-    return 256 if '_k' in scales else max(group, 32) if bits < 16 else 8
-
-
-def nibbles(q: np.ndarray) -> np.ndarray:
-    "Two codes to a byte: weights i and i + 16 of each 32."
-    groups = q.astype(np.uint8).reshape(len(q), -1, 32)
-    return (groups[:, :, :16] | groups[:, :, 16:] << 4).reshape(len(q), -1)
-
-
-def numbers(rng: np.random.Generator, name: str, N: int, K: int) -> tuple[list[np.ndarray], np.ndarray]:
-    "Random parts of a matrix in this format, and the weights that they mean in float64."
-    bits, group, scales = FORMATS[name]
-    group = group or K
-
-    def halves(*shape, scale=0.1): return (rng.standard_normal(shape) * scale).astype(np.float16)
-    def each(x, n=group): return np.repeat(np.asarray(x, np.float64), n, axis=1)
-    if bits >= 16:
-        w = (rng.standard_normal((N, K)) / 2).astype(np.float16 if bits == 16 else np.float32)
-        return [w], w.astype(np.float64)
-    d, q = halves(N, K // group, scale=0.01 if bits == 8 else 0.1), rng.integers(0, 16, (N, K))
-    if bits == 8:
-        q = rng.integers(-128, 128, (N, K)).astype(np.int8)
-        return [q, d], q * each(d)
-    if scales == 'scale': return [nibbles(q), d], (q - 8) * each(d)
-    if scales == 'zero':
-        z = rng.integers(0, 17, d.shape).astype(np.uint8)
-        return [nibbles(q), d, z], (q - each(z)) * each(d)
-    if scales == 'min':
-        m = halves(N, K // 32)
-        return [nibbles(q), np.stack([d, m], -1)], q * each(d) + each(m)
-    if scales == 'q4_k':
-        supers, s = halves(N, K // 256, 2, scale=0.005), rng.integers(0, 64, (N, K // 32, 2)).astype(np.uint8)
-        a, b = (each(supers[..., i], 8) * s[..., i] for i in range(2))
-        return [nibbles(q), supers, s], q * each(a, 32) - each(b, 32)
-    q, d, s = (rng.integers(0, 64, (N, K)), halves(N, K // 256, scale=5e-4),
-               rng.integers(-128, 128, (N, K // 16)).astype(np.int8))
-    two = (q >> 4).astype(np.uint8).reshape(N, K // 32, 4, 8)
-    high = np.bitwise_or.reduce(two << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=2).reshape(N, K // 4)
-    return [nibbles(q & 15), high, d, s], (q - 32) * each(each(d, 16) * s, 16)
-
-
-def packed(name: str, N: int, K: int, parts: tuple[Tensor, ...]) -> SimpleNamespace:
-    "What the launchers want to know of a packed matrix."
-    bits, group, scales = FORMATS[name]
-    return SimpleNamespace(format=SimpleNamespace(name=name, bits=bits, group=group, scales=scales), shape=(N, K),
-                           parts=parts, device=parts[0].device)
+def packed(name: str, N: int, K: int, parts: tuple[Tensor, ...]) -> Packed:
+    "A matrix of these parts."
+    return pack_parts(name, list(parts), K)

@@ -7,8 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from importlib import import_module
+from functools import cache
 from importlib.metadata import version
 
 import numpy as np
@@ -17,67 +16,21 @@ from tinygrad.helpers import Context
 from tqdm import tqdm
 
 from tinyvllm import __version__
+from tinyvllm.cli.checks import CHECKS, TOLERANCE, Check, checks_for
+from tinyvllm.cli.coverage import find_unchecked, record_engines
 from tinyvllm.device import compiler_name
-from tinyvllm.errors import BadInput
-from tinyvllm.kernels import cases as operations
 from tinyvllm.kernels.cases import REAL, SIMULATED, Case, relative_error
+from tinyvllm.kernels.recording import RecordedKernels, recording
 from tinyvllm.measure import _output, commit, machine_name, timed
+from tinyvllm.metalsim import capturing, lint
 
 __all__ = ['CHECKS', 'TOLERANCE', 'Check', 'GuardedAllocator', 'Row', 'checks_for', 'diagnose', 'format_table',
-           'guard_allocator', 'heading', 'is_simulated', 'run_case', 'run_check']
-
-TOLERANCE = {'float16': 2e-3, 'float32': 1e-5}  # of max |got - want| / max |want|
-GPUS = 'METAL', 'CUDA'
+           'guard_allocator', 'heading', 'is_simulated', 'run_case', 'run_check', 'run_coverage', 'run_lint']
 
 
 def is_simulated(device: str) -> bool:
     "Is this METAL without a Mac? Its times mean nothing."
     return device.startswith('METAL') and sys.platform != 'darwin'
-
-
-@dataclass(frozen=True)
-class Check:
-    "A kernel: on which devices it runs, and which operation gives its cases."
-    kernel: str                 # module and launcher, such as 'softmax.decode'
-    operation: object           # of `tinyvllm.kernels.cases`: `make_case` and `make_load`
-    devices: tuple[str, ...]    # for which it has a source
-    rung: str = ''              # one of the launcher's kernels, such as 'flash.FLASH_TILED'; '': its own choice
-    part: int | None = None     # positions of a part, for split contexts; None: the launcher's choice
-    dtypes: tuple[str, ...] = tuple(TOLERANCE)
-
-    @property
-    def name(self) -> str:
-        "The launcher, and in brackets which of its variants, as in `simd.matvec[rows]`."
-        variant = self.rung.split('_')[-1].lower() or (f'part={self.part}' if self.part else '')
-        variant = variant or ('prefill' if self.operation is operations.PREFILL else '')
-        return f'{self.kernel}[{variant}]' if variant else self.kernel
-
-    def launcher(self) -> Callable:
-        "Import the launcher and bind its variant."
-        def find(path):
-            module, name = path.split('.')
-            return getattr(import_module(f'tinyvllm.kernels.{module}'), name)
-        options = dict(rung=find(self.rung)) if self.rung else {}
-        return partial(find(self.kernel), **options | (dict(part=self.part) if self.part else {}))
-
-
-CHECKS = (
-    *(Check('simd.matvec', operations.MATVEC, GPUS, f'simd.MATVEC_{rung}')
-      for rung in ('NAIVE', 'COALESCED', 'VECTOR', 'ROWS')),
-    Check('simd.kv_write', operations.KV_WRITE, GPUS),
-    Check('simd.decode_simple', operations.DECODE, GPUS),
-    Check('softmax.decode', operations.DECODE, GPUS),
-    Check('softmax.decode_split', operations.DECODE, GPUS),
-    Check('softmax.decode_split', operations.DECODE, GPUS, part=32),
-    Check('flash.flash', operations.PREFILL_STARTS, GPUS, 'flash.FLASH_TILED'),
-    Check('flash.flash', operations.PREFILL_STARTS, ('METAL',), 'flash.FLASH_MATRIX', dtypes=('float16',)),
-    Check('flash.flash', operations.PREFILL_STARTS, ('CUDA',), 'flash_cuda.FLASH_CUDA', dtypes=('float16',)),
-    Check('cpu.matvec', operations.MATVEC, ('CPU',)),
-    Check('cpu.matmul', operations.MATMUL, ('CPU',)),
-    Check('cpu.kv_write', operations.KV_WRITE, ('CPU',)),
-    Check('cpu.attend', operations.DECODE, ('CPU',)),
-    Check('cpu.attend', operations.PREFILL, ('CPU',)),
-)
 
 
 class GuardedAllocator:
@@ -147,6 +100,7 @@ class Row:
     us: float | None = None          # of a launch; None if it was not timed
     gbps: float | None = None        # of bytes that must be moved
     trouble: str = ''                # why it is not ok
+    note: str = ''                   # what else is to be known, as why nothing ran
 
     def as_json(self) -> dict:
         "Return the fields of the JSON output: all but `trouble`."
@@ -156,8 +110,8 @@ class Row:
 def run_case(launch: Callable, case: Case, device: str) -> float:
     "Launch once between guard regions; return the relative error. Raises what the kernel raises, or `MemoryError`."
     with guard_allocator(device) as guards, Context(NO_MEMORY_PLANNER=1):
-        tensors = [Tensor(x, device=device).realize() for x in case.inputs.values()]
-        outs = launch(*tensors)
+        tensors = {name: Tensor(x, device=device).realize() for name, x in case.inputs.items()}
+        outs = case.call(launch, tensors)
         outs = outs if isinstance(outs, tuple) else (outs,)
         Tensor.realize(*outs)
         got = [out.numpy()[case.skip:] for out in outs]
@@ -179,8 +133,8 @@ def run_check(
     row, case = Row(f'{check.name} {dtype}', device, 0, None, TOLERANCE[dtype], False), None
     try:
         launch, errors = check.launcher(), []
-        for i in range(cases):
-            shape = i % max(4, cases // 12)   # few: each one is compiled
+        for i in range(min(cases, check.most or cases)):
+            shape = i % max(check.operation.shapes, cases // 12)   # few: each one is compiled
             case = check.operation.make_case(np.random.default_rng([seed, i]), shape, dtype, limits)
             errors.append(run_case(launch, case, device))
             row.cases, row.max_rel_err = i + 1, max(errors) if np.isfinite(max(errors)) else None
@@ -206,23 +160,6 @@ def measure_launch(check: Check, launch: Callable, dtype: str) -> tuple[float, f
     return round(seconds * 1e6, 2), round(nbytes / seconds / 1e9, 2)
 
 
-def checks_for(
-    device: str, # tinygrad's name
-    kernel: str | None = None, # only this: a module, a function, 'module.function', or a name of the table
-) -> list[Check]:
-    "Return the checks for a device. Raises `BadInput` where there are none."
-    kind = device.split(':')[0]
-    here = [check for check in CHECKS if kind in check.devices]
-    if not here:
-        known = sorted({d for check in CHECKS for d in check.devices})
-        raise BadInput(f'no kernel of tinyvllm runs on {device}, so there is nothing to check; '
-                       f'{", ".join(known)} have some')
-    found = [check for check in here if kernel in (None, check.name, check.kernel, *check.kernel.split('.'))]
-    if not found:
-        raise BadInput(f'no kernel {kernel!r} on {device}; there are {", ".join(check.name for check in here)}')
-    return found
-
-
 def diagnose(
     device: str, # tinygrad's name
     cases: int = 20, # of each kernel and dtype
@@ -231,11 +168,46 @@ def diagnose(
 ) -> Iterator[Row]:
     "Check kernel after kernel and yield their rows. Raises `BadInput` if no kernel matches."
     work = [(check, dtype) for check in checks_for(device, kernel) for dtype in check.dtypes]
-    with tqdm(total=len(work) * cases, unit='case', disable=None) as bar:
+    with (tqdm(total=len(work) * cases, unit='case', disable=None) as bar, recording() as checked,
+          capturing() as sources):
         for i, (check, dtype) in enumerate(work):
             bar.set_description(check.name)
             yield run_check(check, dtype, device, cases, seed, bar.update)
             bar.update((i + 1) * cases - bar.n)   # the cases that a failed kernel did not run
+        if kernel is None:
+            bar.set_description('engines')
+            yield run_coverage(device, checked, cases)
+        if is_simulated(device):    # on a Mac its own compiler has judged
+            bar.set_description('lint')
+            yield run_lint(device, sources)
+
+
+def run_coverage(
+    device: str, # tinygrad's name
+    checked: RecordedKernels, # what the checks have launched
+    cases: int, # of each check
+) -> Row:
+    "Run small engines of all kinds; each kernel that they launch must be among those that were checked."
+    row = Row('engines', device, 0, None, 0, False)
+    checked = RecordedKernels(checked)    # the engines' kernels are recorded, too
+    try:
+        captured = record_engines(device)
+        missing = find_unchecked(captured, checked, by_text=cases >= max(check.operation.shapes for check in CHECKS))
+        row.cases, row.ok, row.note = len(captured), not missing, 'launched: ' + ', '.join(sorted(captured.names))
+        row.trouble = missing and f'no check launches {", ".join(missing)}'
+    except Exception as error:   # whatever an engine, a compiler or a driver raises
+        row.trouble = str(error).strip() or type(error).__name__
+    return row
+
+
+def run_lint(
+    device: str, # tinygrad's name
+    sources: dict[str, list[str]], # Metal -> names of its kernels
+) -> Row:
+    "Look for what Apple's compiler would refuse, in every source that was compiled or run; tinygrad's own, too."
+    found = [f'{", ".join(names)}: {complaint}' for source, names in list(sources.items())
+             for complaint in lint(source)]
+    return Row('lint', device, len(sources), None, 0, not found, trouble='\n'.join(found[:20]))
 
 
 def heading(device: str, seed: int = 0) -> str:
@@ -265,4 +237,4 @@ def format_table(rows: list[Row]) -> str:
     lines += [[r.kernel, r.device, str(r.cases), show(r.max_rel_err, '.1e'), f'{r.tolerance:.0e}',
                'yes' if r.ok else '**NO**', show(r.us, '.1f'), show(r.gbps, '.1f')] for r in rows]
     return '\n'.join([f'| {" | ".join(line)} |' for line in lines] + [
-        f'\n{r.kernel}: {r.trouble}' for r in rows if r.trouble])
+        f'\n{r.kernel}: {r.trouble or r.note}' for r in rows if r.trouble or r.note])

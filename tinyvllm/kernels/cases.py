@@ -2,7 +2,9 @@
 
 An operation (`MATVEC`, `MATMUL`, `KV_WRITE`, `DECODE`, `PREFILL`, `PREFILL_STARTS`) has two methods: `make_case` draws
 small inputs and computes what the kernel must return; `make_load` gives a chain of launches on inputs larger than a
-cache. In cases of attention block 0 and all slots without a token hold NaN: a kernel that reads them returns NaN.
+cache. `shapes` says after how many cases all kinds of shapes were there, `variant` what the rows of a table call it.
+In cases of attention block 0 and all slots without a token hold NaN: a kernel that reads them returns NaN.
+`tinyvllm.cli.cases` has the operations of a model's step; they need what is built upon the kernels.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +13,11 @@ from math import gcd, prod
 import numpy as np
 from tinygrad import Tensor
 
+from tinyvllm.kernels.sparse import SparseArray
+
 __all__ = ['DECODE', 'KV_WRITE', 'MATMUL', 'MATVEC', 'PREFILL', 'PREFILL_STARTS', 'REAL', 'SIMULATED', 'AttentionCases',
-           'Case', 'CaseLimits', 'KVWriteCases', 'MatmulCases', 'make_large_tensor', 'mixed_shape', 'reference_attention',
-           'relative_error']
+           'Case', 'CaseLimits', 'KVWriteCases', 'MatmulCases', 'call_launcher', 'cancelling', 'make_large_tensor',
+           'mixed_shape', 'reference_attention', 'relative_error']
 
 HEAD_DIMS, GROUPS, BLOCK_SIZES = (64, 80, 96, 128), (1, 3, 4, 8), (8, 16, 32)
 
@@ -30,12 +34,21 @@ class CaseLimits:
 REAL, SIMULATED = CaseLimits(320, 12, 100, 1536), CaseLimits(40, 3, 12, 160)
 
 
+def call_launcher(
+    launch: Callable, # of a kernel
+    tensors: dict[str, Tensor], # its arguments, in its order
+) -> Tensor | tuple[Tensor, ...]:
+    "Call a launcher that takes tensors and nothing else."
+    return launch(*tensors.values())
+
+
 @dataclass(frozen=True)
 class Case:
     "Arguments of a kernel, and the results that it must return."
-    inputs: dict[str, np.ndarray]   # in the launcher's order
-    want: tuple[np.ndarray, ...]    # float64, one for each output
-    skip: int = 0                   # rows of each output that may hold anything
+    inputs: dict[str, np.ndarray | SparseArray]   # in the launcher's order
+    want: tuple[np.ndarray | SparseArray, ...]    # float64, one for each output
+    skip: int = 0                                 # rows of each output that may hold anything
+    call: Callable = call_launcher                # (launch, tensors by name): how the launcher takes them
 
     def __str__(self) -> str:
         return ', '.join(f'{name} {"x".join(map(str, x.shape))}' for name, x in self.inputs.items())
@@ -45,11 +58,14 @@ def relative_error(
     got: np.ndarray, # what a kernel wrote
     want: np.ndarray, # float64; NaN where a NaN must stay
 ) -> float:
-    "Return the largest error as a share of the largest value; infinity where NaNs or shapes differ."
-    got, kept = got.astype(np.float64), ~np.isnan(want)
-    if got.shape != want.shape or (np.isnan(got) == kept).any() or np.isinf(got).any():
+    "Return the largest error as a share of the largest value; infinity where NaNs, infinities or shapes differ."
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    if got.shape != want.shape or not np.array_equal(np.isnan(got), np.isnan(want)):
         return float('inf')
-    return float(np.abs(got - want)[kept].max(initial=0) / np.abs(want[kept]).max(initial=1e-30))
+    endless, kept = np.isinf(got) | np.isinf(want), np.isfinite(got) & np.isfinite(want)
+    if (got[endless] != want[endless]).any():
+        return float('inf')
+    return float(np.abs(got[kept] - want[kept]).max(initial=0) / np.abs(want[kept]).max(initial=1e-30))
 
 
 def mixed_shape(n: int) -> tuple[int, int, int, int]:
@@ -76,13 +92,37 @@ def make_large_tensor(
     return Tensor(block).realize().expand(n // len(block), -1).contiguous().reshape(shape).realize()
 
 
+def cancelling(
+    rng: np.random.Generator,
+    w: np.ndarray, # (K,) weights
+) -> np.ndarray: # (K,) float64 with few bits, for halves
+    """Draw numbers whose products with w sum up to far more than a half can hold, and then back to 20,000.
+
+    A sum in float32 keeps what is left; in half it is infinite by then."""
+    up, down = slice(len(w) // 2), slice(len(w) // 2, None)
+    x = 300 / np.abs(w).mean() * np.sign(w) * rng.uniform(2 / 3, 4 / 3, len(w))
+    x[down] *= (20_000 - w[up] @ x[up]) / (w[down] @ x[down])
+    return x
+
+
 @dataclass(frozen=True)
 class MatmulCases:
     "`launch(w, x)`: `w @ x` for a vector x, or `x @ w.T` for up to `max_tokens` rows of x."
     max_tokens: int = 0   # 0: x is a vector
+    columns: int = 0      # of a matrix of one row with a long sum; 0: many small matrices
+    shapes = 4
+
+    @property
+    def variant(self) -> str:
+        "Of sums that are long."
+        return 'long' if self.columns else ''
 
     def make_case(self, rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
         "Draw a matrix of 1, few, an odd number of or many rows; columns as heads and hidden sizes have them."
+        if self.columns:
+            w = random_normal(rng, dtype, 1, self.columns)
+            x = cancelling(rng, w[0].astype(np.float64)).astype(dtype)
+            return Case(dict(w=w, x=x[None] if self.max_tokens else x), (w.astype(np.float64) @ x,))
         rows = min((1, 8, 67, 576, 129)[n % 5], limits.width)
         columns = min((64, 576, 96, 1536, 128, 320)[n % 6], limits.width)
         tokens = (1 + n % self.max_tokens,) if self.max_tokens else ()
@@ -106,6 +146,7 @@ class MatmulCases:
 
 class KVWriteCases:
     "`launch(k_pool, v_pool, k, v, slots)`: keys and values go into their slots; all other slots but block 0 stay."
+    variant, shapes = '', 4
 
     @staticmethod
     def make_case(rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
@@ -207,6 +248,12 @@ class AttentionCases:
     "`launch(q, k, v, tables, owners, positions)`, and `starts` for kernels that take it: paged attention of a step."
     is_prefill: bool = False    # runs of tokens; else single tokens
     has_starts: bool = False    # the kernel takes the first token of each sequence, and writes 0 for padding
+    shapes = 4
+
+    @property
+    def variant(self) -> str:
+        "Of a launcher that takes single tokens as well as runs of them."
+        return 'prefill' if self.is_prefill and not self.has_starts else ''
 
     def make_case(self, rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
         "Draw up to three sequences of ragged lengths; most cases end in tokens of padding."

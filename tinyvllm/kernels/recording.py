@@ -3,7 +3,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 
-class Calls(dict[Hashable, set[str]]):
+class RecordedKernels(dict[Hashable, set[str]]):
     "Kernel -> the sources with which it was called, in the order in which kernels were first seen."
 
     @property
@@ -12,13 +12,13 @@ class Calls(dict[Hashable, set[str]]):
         return list(dict.fromkeys(kernel.signature.name for kernel in self))
 
 
-_open: list[Calls] = []
+_open: list[RecordedKernels] = []
 
 
 @contextmanager
-def recording() -> Iterator[Calls]:
+def recording() -> Iterator[RecordedKernels]:
     "Collect every kernel of ours that is put into a graph inside the block, on whatever device."
-    calls = Calls()
+    calls = RecordedKernels()
     _open.append(calls)
     try:
         yield calls
