@@ -78,6 +78,7 @@ kernel void k(device float* o, constant int& n) {
 """
 FOUR = 'float a[4] = {1, 2, 3, 4}; '
 INDEX, POINTER = r'index -?\d+ is out of bounds of ', 'out-of-bounds access to an array of the thread, or to a constant'
+EITHER = f'({INDEX}|{POINTER})'  # as old and new compilers see it
 # what: the body of a kernel with n = 5, and what the message must say with which line
 OVERRUNS = {
     'loop': ('float a[4]; for (int j = 0; j < n; j++) a[j] = j; o[0] = a[2];', INDEX + r"'float\[4\]'.*:11"),
@@ -93,8 +94,8 @@ OVERRUNS = {
     'of halves': ('half a[8] = {}; o[0] = a[n + 4];', INDEX + '.*:11'),
     'of threadgroup memory': ('threadgroup float a[4]; a[n] = 2; o[0] = a[n];', INDEX + "threadgroup array 'a'.*:11"),
     'in a struct': ('Middle s = {}; s.w[n] = 1; o[0] = s.v[n];', INDEX + '.*:11'),
-    'at the end of a struct': ('Last s = {}; s.w[n] = 1; o[0] = s.v[n];', POINTER + '.*:11'),
-    'array<T, N>': ('array<float, 4> a; a[0] = 1; o[0] = a[n];', POINTER + '.*:11'),
+    'at the end of a struct': ('Last s = {}; s.w[n] = 1; o[0] = s.v[n];', EITHER + '.*:11'),
+    'array<T, N>': ('array<float, 4> a; a[0] = 1; o[0] = a[n];', EITHER + '.*:11'),
     'pointer': (FOUR + 'thread float* p = a; o[0] = p[n];', POINTER + '.*:11'),
     'pointer, before': (FOUR + 'thread float* p = a + 1; o[0] = p[-n];', POINTER + '.*:11'),
     'pointer that walks': (FOUR + 'thread float* p = a; for (int j = 0; j < n; j++) o[0] += *p++;', POINTER + '.*:11'),
@@ -122,18 +123,19 @@ def test_the_end_of_an_array_is_known(what):
 
 
 # ---------------------------------------------------------------- where threadgroup variables lie
-PLACE = TOP + """kernel void place(device float* o, uint i [[thread_position_in_threadgroup]]) {
+PLACE = TOP + """float mean(float4 v) { return (v.x + v.y + v.z + v.w) / 4; }
+kernel void place(device float* o, uint i [[thread_position_in_threadgroup]]) {
   DECLARE
-  for (int j = 0; j < 64; j++) x[j] = j;
-  o[i] = float(READ);
+  for (int j = 0; j < 64; j++) x[j] = j / 4;
+  o[i] = mean(float4(READ));
 }
 """
-HALF4, FLOAT4 = '((threadgroup half4*)x)[1].x', '((threadgroup float4*)x)[1].x'
+HALF4, FLOAT4 = '((threadgroup half4*)x)[1]', '((threadgroup float4*)x)[1]'
 # declarations, what is read, and what is wrong
 PLACES = {
     'halves read as half4': ('threadgroup half x[64];', HALF4, r'misaligned 8-byte read \(address % 8 = 2\)'),
     'floats read as float4': ('threadgroup float x[64];', FLOAT4, r'misaligned 16-byte read \(address % 16 = '),
-    'floats read as float2': ('threadgroup float x[64];', '((threadgroup float2*)x)[1].x', 'misaligned 8-byte'),
+    'floats read as float2': ('threadgroup float x[64];', '((threadgroup float2*)x)[1].xyxy', 'misaligned 8-byte'),
     'an odd array before': ('threadgroup char y[3]; threadgroup float x[64]; y[0] = 1;', FLOAT4, 'misaligned 16-byte'),
     'a wide one before': ('threadgroup float4 y[3]; threadgroup half x[64];', HALF4, 'misaligned 8-byte'),
     'the second of two': ('threadgroup half y[4], x[64];', HALF4, 'misaligned 8-byte'),
@@ -145,8 +147,8 @@ PLACES = {
     'alignas of two': ('alignas(16) threadgroup half y[5], x[64];', HALF4, ''),
     'an attribute': ('threadgroup __attribute__((aligned(8))) half x[64];', HALF4, ''),
     'an attribute at the end': ('threadgroup half x[64] __attribute__((aligned(8)));', HALF4, ''),
-    'vectors': ('threadgroup char y[3]; threadgroup float4 x[64];', 'x[4].x', ''),
-    'packed reads': ('threadgroup float x[64];', '((threadgroup packed_float4*)x)[1].x', ''),
+    'vectors': ('threadgroup char y[3]; threadgroup float4 x[64];', 'x[4]', ''),
+    'packed reads': ('threadgroup float x[64];', '((threadgroup packed_float4*)x)[1]', ''),
 }
 
 
@@ -155,13 +157,13 @@ def test_a_threadgroup_variable_is_aligned_as_declared_and_no_better(what):
     declare, read, message = PLACES[what]
     text, out = PLACE.replace('DECLARE', declare).replace('READ', read), np.zeros(1, np.float32)
     if message:
-        with pytest.raises(MetalError, match=message + r'.* at kernel\.metal:6'):
+        with pytest.raises(MetalError, match=message + r'.* at kernel\.metal:7'):
             Library(text)['place']([out], (1,), (1,))
     else:
         Library(text)['place']([out], (1,), (1,))
-        assert out[0] == 4
+        assert out[0] == 1
     Library(text, check=False)['place']([out], (1,), (1,))
-    assert out[0] in (2, 4)
+    assert out[0] in (0, 1)
 
 
 # ---------------------------------------------------------------- ranges above 2**31 bytes

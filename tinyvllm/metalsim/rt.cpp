@@ -525,10 +525,12 @@ struct Processor { // its state while kernels run
 struct ArrayType { uint16_t kind, info; char name[1]; };
 struct BadIndex { const char* file; uint line, column; const ArrayType *array, *index; };
 extern "C" {
-void __ubsan_handle_out_of_bounds_abort(const BadIndex* data, intptr_t index) {
+void __ubsan_handle_out_of_bounds_abort(const BadIndex* data, uint64_t value) {
+    bool is_short = data->index->info == (5 << 1 | 1); // 32 bits, with a sign
+    long index = is_short ? (int)value : (long)value;
     const char* name = data->array->name; // such as 'float[4]', or 'msl_tgt_x' (aka 'float[4]')
     bool is_threadgroup = memcmp(name, "'msl_tgt_", 9) == 0;
-    bad(HERE, "index %ld is out of bounds of %s%s", (long)index, is_threadgroup ? "threadgroup array '" : "",
+    bad(HERE, "index %ld is out of bounds of %s%s", index, is_threadgroup ? "threadgroup array '" : "",
         name + (is_threadgroup ? 9 : 0));
     die();
 }

@@ -26,6 +26,7 @@
 #define MSL_NOHOOK __attribute__((no_sanitize("thread")))
 // Code that is copied into a kernel without lines of its own counts as the line that calls it.
 #define MSL_INLINE static inline __attribute__((always_inline, nodebug))
+#define MSL_MEMBER inline __attribute__((always_inline, nodebug))
 #define MSL_CAT_(a, b) a##b
 #define MSL_CAT(a, b) MSL_CAT_(a, b)
 // threadgroup storage declared in a function body (source.py rewrites `threadgroup T x[..];` to this)
@@ -631,8 +632,8 @@ template <class T, int N> MSL_INLINE bool all(msl_vec<T, N> a) {
 }
 template <class T, unsigned long N> struct array {
     T d[N];
-    T& operator[](unsigned long i) { return d[i]; }
-    const T& operator[](unsigned long i) const { return d[i]; }
+    MSL_MEMBER T& operator[](unsigned long i) { return d[i]; }
+    MSL_MEMBER const T& operator[](unsigned long i) const { return d[i]; }
 };
 
 // ---------------------------------------------------------------- atomics (threads never run at the same
