@@ -1,5 +1,6 @@
 "The simulated METAL under tinygrad: generated kernels, raw Metal in the graph, TinyJit, a whole engine."
 import ast
+import ctypes
 import inspect
 import json
 import os
@@ -19,10 +20,15 @@ from tinygrad.engine.jit import GraphRunner
 from tinygrad.uop.ops import ProgramInfo
 
 from tinyvllm.engine.llm import LLM
+from tinyvllm.errors import BadInput
+from tinyvllm.kernels.metal import Kernel
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.metalsim import MetalError, counting
-from tinyvllm.metalsim.command_buffers import to_ns_str, wait_check
-from tinyvllm.runner.graphs import Replay
+from tinyvllm.metalsim.command_buffers import M1_FLOPS, SHARE, to_ns_str, wait_check
+from tinyvllm.metalsim.device import MTLBuffer
+from tinyvllm.metalsim.pipelines import build_pipeline
+from tinyvllm.runner.graphs import Replay, capture
+from tinyvllm.runner.shared_memory import wait_for_command_buffer
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.models.weights import tiny_checkpoint
 
@@ -243,6 +249,132 @@ def test_environment_variables(monkeypatch):
         groups_once(text=edited(GROUPS, 'kernel', helper))[0].realize()
     code = 'import tinyvllm; from tinygrad import Device; print(bool(Device["METAL"].renderer.tensor_cores))'
     assert [run(code, METALSIM_ARCH=arch).stdout for arch in ('Apple6', 'Apple7')] == ['False\n', 'True\n']
+
+
+# ---------------------------------------------------------------- pipelines
+
+WIDE = TOP + """
+kernel void wide(device int* o [[buffer(0)]], uint i [[thread_position_in_grid]]) { o[i] = i; }
+"""
+DECLARED = edited(WIDE, 'kernel', '[[max_total_threads_per_threadgroup(64)]] kernel')
+
+
+def wide(text):
+    "64 numbers by 64 threads of a threadgroup, and what comes of them in a graph: the next kernel counts from 1."
+    out = Tensor.empty(64, dtype=dtypes.int, device='METAL')
+    return in_graph('wide', text, [out], threads=(64, 1, 1))[0]
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    "Pipelines of kernels that declare no maximum take 32 threads."
+    monkeypatch.setenv('METALSIM_MAX_THREADS', '32')
+
+
+def test_outside_of_a_graph_too_many_threads_are_an_error(lowered):
+    with pytest.raises(RuntimeError, match=r'local size \(64, 1, 1\) bigger than 32'):
+        wide(WIDE + '// eager').realize()
+    assert wide(DECLARED).tolist() == list(range(64))    # built for as many as it declares
+
+
+def test_in_a_graph_they_are_dropped_and_nothing_is_said(lowered):
+    text, kept = WIDE + '// in a graph', metal(np.full(64, 7, np.int32))
+
+    @capture
+    def step():
+        filled, = in_graph('wide', text, [kept], threads=(64, 1, 1))
+        Tensor.realize((filled * 2).contiguous(), filled)
+    with counting() as counts:
+        step()
+    assert counts.graphs == [2] and [d.name for d in counts if d.name == 'wide'] == []
+    assert kept.tolist() == [7] * 64 and not Device['METAL'].mtl_buffers_in_flight
+
+
+def test_the_engine_says_what_a_graph_drops(lowered):
+    text, kept = WIDE + '// in a step', metal(np.zeros(64, np.int32))
+
+    def step():
+        filled, = in_graph('wide', text, [kept], threads=(64, 1, 1))
+        Tensor.realize((filled * 2).contiguous(), filled)
+    with pytest.raises(RuntimeError, match='wide has 64 threads in a threadgroup, and METAL drops it .* above 32'):
+        Replay(step)()
+
+
+REDUCED = edited(WIDE, 'o[i] = i', 'o[i] = simd_sum(i)')
+MATRIX = edited(WIDE, '{ o[i] = i; }', '{ simdgroup_float8x8 m(0); o[i] = i; }')
+SHUFFLED = edited(WIDE, 'o[i] = i', 'o[i] = simd_shuffle(i, 0)')
+
+
+@pytest.mark.parametrize('text, function, families', [
+    (WIDE, None, 'Apple1 Apple5 Apple9 Mac1 Mac2'), (SHUFFLED, 'simd_shuffle', 'Apple6 Apple7 Mac2'),
+    (REDUCED, 'simd_sum', 'Apple7 Apple9 Mac2'), (MATRIX, 'simdgroup_float8x8', 'Apple7 Apple8'),
+    (edited(WIDE, '#include', '// simd_sum(simdgroup_float8x8)\n#include'), None, 'Apple1 Mac1')])
+def test_each_family_has_what_apples_table_says(text, function, families):
+    "What the compiler takes and this GPU lacks is refused when the pipeline is built (llama.cpp#2564)."
+    for family in 'Apple1 Apple5 Apple6 Apple7 Apple8 Apple9 Mac1 Mac2'.split():
+        has = function is None or family in families.split() or int(family[-1]) > 7
+        if has:
+            assert build_pipeline(text, 'wide', family) == 1024
+        else:
+            with pytest.raises(RuntimeError, match=f'unlowered function call to air.{function}'):
+                build_pipeline(text, 'wide', family)
+
+
+def test_a_pipeline_may_be_refused(monkeypatch):
+    monkeypatch.setenv('METALSIM_REFUSE', 'other,wide')
+    with pytest.raises(RuntimeError, match='wide: Compiler encountered an internal error'):
+        wide(WIDE + '// refused').realize()
+    monkeypatch.setenv('METALSIM_REFUSE', 'other')
+    assert wide(WIDE + '// refused').tolist() == list(range(64))
+
+
+# ---------------------------------------------------------------- command buffers, and buffers
+
+def test_each_call_is_a_command_buffer_until_the_device_is_waited_for():
+    device, x = Device['METAL'], metal(np.arange(4))
+    step = Replay(lambda: ((x + 1).contiguous().realize() * 2).contiguous().realize())
+    device.synchronize()
+    step()
+    last = step()
+    (x * 3).realize()
+    labels = [buffer.label for buffer in device.mtl_buffers_in_flight]
+    assert labels[:2] == ['batched 2'] * 2 and len(labels) == 3 and device.mtl_buffers_in_flight[1] is last
+    wait_for_command_buffer('METAL', last)    # and forget it and those before
+    assert [buffer.label for buffer in device.mtl_buffers_in_flight] == labels[2:]
+    assert last.error is None and last.thread is threading.current_thread()
+    device.synchronize()
+    assert device.mtl_buffers_in_flight == []
+
+
+def test_a_command_buffer_that_takes_too_long_is_stopped():
+    "An M1 would take eight seconds: the second kernel does not run, and whoever waits is told."
+    x, ops = metal(np.zeros(64, np.int32)), int(4 * SHARE * M1_FLOPS)
+    add = Kernel('kernel void add(device int* x, device const int* y, uint i [[thread_position_in_grid]]) '
+                 '{ x[i] = y[i] + 1; }')
+    first, second = (metal(np.zeros(64, np.int32)) for _ in range(2))
+    step = Replay(lambda: Tensor.realize(
+        add(second, add(first, x, threads=(64,), ops=ops), threads=(64,), ops=ops)))
+    command_buffer = step()
+    assert command_buffer.seconds == pytest.approx(8, rel=0.01)
+    for wait in (Device['METAL'].synchronize, second.tolist, lambda: wait_for_command_buffer('METAL', command_buffer)):
+        with pytest.raises(RuntimeError, match='Caused GPU Timeout Error .00000002:kIOGPUCommandBufferCallbackError'):
+            wait()
+    assert (first.tolist(), second.tolist()) == ([1] * 64, [0] * 64)
+
+
+def test_an_external_pointer_is_a_buffer_object():
+    x = metal(np.arange(8, dtype=np.int32))
+    handle = x.uop.base.buffer._buf.buf.value
+    again = Tensor.from_blob(handle, (8,), dtype=dtypes.int, device='METAL')
+    assert again.tolist() == list(range(8))
+    x.assign(x + 1).realize()
+    assert again.tolist() == list(range(1, 9))
+    host = np.arange(4, dtype=np.int32)
+    for wrong in (host.ctypes.data, handle + 8):
+        with pytest.raises(BadInput, match='is no MTLBuffer'):
+            Tensor.from_blob(wrong, (4,), dtype=dtypes.int, device='METAL').tolist()
+    wrapped = MTLBuffer((ctypes.c_uint8 * host.nbytes).from_address(host.ctypes.data))    # as newBufferWithBytesNoCopy
+    assert Tensor.from_blob(wrapped.value, (4,), dtype=dtypes.int, device='METAL').tolist() == [0, 1, 2, 3]
 
 
 # ---------------------------------------------------------------- what dies with a thread
