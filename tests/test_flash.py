@@ -154,8 +154,8 @@ MUTANTS = {
         'keys not transposed': ('ulong2(0), true', 'ulong2(0), false'), 'a row in two lanes': ('simd_shuffle_xor(m, 8)', 'm'),
         'total not rescaled': ('thread_elements()[e] *= fix', 'thread_elements()[e] *= 1.0f'),
         'sum not rescaled': ('sum *= fix', ';'), 'a wrong stride': ('[i * 8], D + 8);', '[i * 8], D);'),
-        'rows of others written': ('if (row < rows) o[', 'o['), 'another layout': ('lane % 2 * 2;', 'lane % 2;'),
-        'queries of other tiles': ('row < rows ? q[ROW(row) + i * 8 + column + e] : half(0.0f)', 'q[ROW(row) + i * 8 + column + e]'),
+        'rows of others written': ('    if (row < rows)\n', ''), 'another layout': ('lane % 2 * 2;', 'lane % 2;'),
+        'queries of other tiles': ('row < rows ? *two : half2(0.0f)', '*two'),
     },
     'simulated': {
         'keys used before they are there': ('fetched();', '', 0), 'values used before they are there': ('fetched();', '', 1),

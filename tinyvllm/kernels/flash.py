@@ -16,7 +16,7 @@ from tinygrad import Tensor, dtypes
 # %% auto #0
 __all__ = ['TILE', 'FLASH_TILED', 'FLASH_MATRIX', 'TILES', 'choose_tile', 'flash', 'check_flash', 'flash_attend']
 
-# %% ../../nbs/08_flash.ipynb #6479abcf
+# %% ../../nbs/08_flash.ipynb #a6747e9b
 TILE = '''
 struct Tile { int first, rows, width; bool is_padding; };    // the tile of a threadgroup
 inlined Tile find_tile(device const int* starts, device const int* sizes, int order) {
@@ -32,10 +32,10 @@ inlined Tile find_tile(device const int* starts, device const int* sizes, int or
   return Tile{first, (min(first + TOKENS, end) - first) * HEADS, sizes[2], s == sequences};
 }
 #define ROW(r) (((tile.first + (r) / HEADS) * H + head + (r) % HEADS) * (long)D)  /* in q and o */
-#define SLOT(at) (((tables[table + (at) / S] * S + (at) % S) * KV + kv) * (long)D)
+#define SLOT(at) (((tables[table + (uint)(at) / S] * S + (uint)(at) % S) * KV + kv) * (long)D)
 '''
 
-# %% ../../nbs/08_flash.ipynb #d3dd7bb3
+# %% ../../nbs/08_flash.ipynb #0f8581cb
 FLASH_TILED = Kernel(TILE + r'''
 kernel void flash_tiled(device T* o, device const T* q, device const T* k, device const T* v,
     device const int* tables, device const int* owners, device const int* positions,
@@ -65,19 +65,13 @@ kernel void flash_tiled(device T* o, device const T* q, device const T* k, devic
   for (int i = index; i < SIMDS * ROWS * D; i += 32 * SIMDS)
     queries[i / D][i % D] = i / D < rows ? q[ROW(i / D) + i % D] : T(0.0f);
 
-#define COPIES ((8 * D + 32 * SIMDS - 1) / (32 * SIMDS))        /* of a thread, four numbers each */
-#define LOAD(from) {                                                          \
-  T4 x[COPIES];                            /* all are on their way before one is stored */ \
-  unrolled for (int n = 0; n < COPIES; n++) {                                 \
-    const int i = n * 32 * SIMDS + index, r = i / (D / 4), c = i % (D / 4) * 4; \
-    x[n] = T4(0.0f);                                                          \
-    if (r < 32 && k0 + r <= last) x[n] = *(device const T4*)(from + SLOT(k0 + r) + c); \
-  }                                                                           \
-  unrolled for (int n = 0; n < COPIES; n++) {                                 \
-    const int i = n * 32 * SIMDS + index, r = i / (D / 4), c = i % (D / 4) * 4; \
-    if (r < 32) *(threadgroup T4*)&pool[r][c] = x[n];                         \
-  }                                                                           \
-}
+#define LOAD(from)                                                            \
+  for (int i = index; i < 32 * D / 4; i += 32 * SIMDS) {                      \
+    const int r = i / (D / 4), c = i % (D / 4) * 4;                           \
+    T4 x = T4(0.0f);                                                          \
+    if (k0 + r <= last) x = *(device const T4*)(from + SLOT(k0 + r) + c);     \
+    *(threadgroup T4*)&pool[r][c] = x;                                        \
+  }
   for (int k0 = 0; k0 <= last; k0 += 32) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     LOAD(k)
@@ -119,7 +113,7 @@ kernel void flash_tiled(device T* o, device const T* q, device const T* k, devic
   }
 }''')
 
-# %% ../../nbs/08_flash.ipynb #582a133a
+# %% ../../nbs/08_flash.ipynb #dbc389cc
 FLASH_MATRIX = Kernel(TILE + r'''
 kernel void flash_matrix(device T* o, device const T* q, device const T* k, device const T* v,
     device const int* tables, device const int* owners, device const int* positions,
@@ -145,8 +139,8 @@ kernel void flash_matrix(device T* o, device const T* q, device const T* k, devi
   simdgroup_float8x8 total[D / 8];
   unrolled for (int i = 0; i < D / 8; i++) {
     total[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    unrolled for (int e = 0; e < 2; e++)
-      query[i].thread_elements()[e] = row < rows ? q[ROW(row) + i * 8 + column + e] : half(0.0f);
+    device const half2* two = (device const half2*)(q + ROW(row) + i * 8 + column);
+    query[i].thread_elements() = row < rows ? *two : half2(0.0f);
   }
   float top = -1e30f, sum = 0.0f;
 
@@ -154,14 +148,16 @@ kernel void flash_matrix(device T* o, device const T* q, device const T* k, devi
 #define FETCH(k0, to) {                                                               \
   half4 x[COPIES], y[COPIES];              /* all are on their way before one is stored */ \
   unrolled for (int n = 0; n < COPIES; n++) {                                         \
-    const int i = n * 32 * SIMDS + index, r = i / (D / 4), c = i % (D / 4) * 4;       \
+    const uint i = n * 32 * SIMDS + index;                                            \
+    const int r = i / (D / 4), c = i % (D / 4) * 4;                                   \
     const bool real = r < KEYS && (k0) + r <= last;                                   \
     const long at = real ? SLOT((k0) + r) + c : 0;                                    \
     x[n] = y[n] = half4(0.0f);                                                        \
     if (real) x[n] = *(device const half4*)(k + at), y[n] = *(device const half4*)(v + at); \
   }                                                                                   \
   unrolled for (int n = 0; n < COPIES; n++) {                                         \
-    const int i = n * 32 * SIMDS + index, r = i / (D / 4), c = i % (D / 4) * 4;       \
+    const uint i = n * 32 * SIMDS + index;                                            \
+    const int r = i / (D / 4), c = i % (D / 4) * 4;                                   \
     if (r >= KEYS) continue;                                                          \
     *(threadgroup half4*)&keys[to][r][c] = x[n];                                      \
     *(threadgroup half4*)&values[to][r][c] = y[n];                                    \
@@ -212,8 +208,8 @@ kernel void flash_matrix(device T* o, device const T* q, device const T* k, devi
   }
   sum += simd_shuffle_xor(sum, 1); sum += simd_shuffle_xor(sum, 8);
   unrolled for (int i = 0; i < D / 8; i++)
-    unrolled for (int e = 0; e < 2; e++)
-      if (row < rows) o[ROW(row) + i * 8 + column + e] = half(total[i].thread_elements()[e] / sum);
+    if (row < rows)
+      *(device half2*)(o + ROW(row) + i * 8 + column) = half2(total[i].thread_elements() / sum);
 }''')
 
 # %% ../../nbs/08_flash.ipynb #b97efec2

@@ -68,11 +68,11 @@ def plan(
     if rung == 'stream': return stream_plan(T, rows, gated, bits, **sizes)
     return tiles_plan(device, T, rows, gated, **sizes)
 
-# %% ../../nbs/08ca_products.ipynb #8b4d4d2b
+# %% ../../nbs/08ca_products.ipynb #a0ce1633
 ROWS = '''
 #define WIDE (STEP < 8 ? STEP : 8)        /* weights of a thread: 16 bytes of halves */
 kernel void NAME(PARAMETERS, uint i [[thread_position_in_grid]]) {
-  if (i >= ulong(TOKENS) * (K / WIDE)) return;
+  if (long(i) >= long(TOKENS) * (K / WIDE)) return;
   const int at = i / (K / WIDE), k = i % (K / WIDE) * WIDE, mine = k % STEP / WIDE;
   const piece p = piece_at(WEIGHTS, WHICH, k / STEP * STEP);
   unrolled for (int q = 0; q < STEP / 4; q++)

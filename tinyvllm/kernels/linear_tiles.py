@@ -92,7 +92,7 @@ linear_tiles(PARAMETERS) {
       }
 }'''
 
-# %% ../../nbs/08c_linear_tiles.ipynb #d5cb87f8
+# %% ../../nbs/08c_linear_tiles.ipynb #e2305a22
 MATRIX = r'''
 #define value(x) float(x)
 inlined float silu(float x) { return x / (1.0f + exp(-x)); }
@@ -107,7 +107,8 @@ READER AFTER_MACRO
 #define COPIES(rows, wide) (((rows) * BK / (wide) + 32 * WARPS - 1) / (32 * WARPS))
 #define EACH(rows, wide, ...)                                                             \
   unrolled for (int c = 0; c < COPIES(rows, wide); c++) {                                 \
-    const int i = c * 32 * WARPS + me, r = i / (BK / (wide)), k = i % (BK / (wide)) * (wide); \
+    const uint i = c * 32 * WARPS + me;                                                   \
+    const int r = i / (BK / (wide)), k = i % (BK / (wide)) * (wide);                      \
     __VA_ARGS__                                                                           \
   }
 kernel void linear_tiles(PARAMETERS, uint2 group [[threadgroup_position_in_grid]],

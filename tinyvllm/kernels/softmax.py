@@ -137,9 +137,9 @@ kernel void paged_decode(device O4* out, device const T4* q, device const T4* k,
   }
 }""")
 
-# %% ../../nbs/06a_softmax.ipynb #4aada56a
-MAX_HEADS = {64: dict(METAL=8, CUDA=4), 128: dict(METAL=4, CUDA=4)}   # for dimensions up to this
-MAX_SIMDS, UNROLL = 8, dict(METAL=2, CUDA=32)    # of a threadgroup; steps of a loop written out
+# %% ../../nbs/06a_softmax.ipynb #ebf253e1
+MAX_HEADS, MAX_SIMDS = 4, 8             # query heads and simdgroups of a threadgroup
+UNROLL = dict(METAL=2, CUDA=32)         # steps of the loops over a row and over a tile's values
 FULL_GRID = dict(CUDA=256, METAL=160)   # threadgroups that occupy a device: two a core of an H100
 
 def decode_sizes(
@@ -151,12 +151,11 @@ def decode_sizes(
     "Return what the text leaves open: the shapes, and how the work is cut into threadgroups."
     (_, H, D), (_, S, KV, _), B = q.shape, k.shape, tables.shape[1]
     device = q.device.split(':')[0]
-    most = MAX_HEADS[64 if D <= 64 else 128].get(device, 8)
-    divisors = [n for n in range(1, most + 1) if H // KV % n == 0]
+    divisors = [n for n in range(1, MAX_HEADS + 1) if H // KV % n == 0]
     idle = part is None and q.shape[0] * H <= FULL_GRID.get(device, 1)    # more cores
     heads = divisors[0 if idle else -1]
     part, rows = min(part or B * S, B * S), 128 // D
-    simds = min(MAX_SIMDS if heads <= 4 else MAX_SIMDS // 2, -(-part // 32))
+    simds = min(MAX_SIMDS, -(-part // 32))
     T4 = f'{metal_type(DECODE, q=q)}4'
     return dict(T4=T4, O4=T4, SPLIT=0, H=H, KV=KV, D4=D // 4, S=S, B=B,
                 SCALE=D**-0.5 * log2(e), HEADS=heads, SIMDS=simds, LANES=4, ROWS=rows,
