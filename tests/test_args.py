@@ -1,14 +1,19 @@
 "The pool fits into what is free, and a step into what was kept for it."
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 
 import pytest
 from tinygrad import Device
 
 from tinyvllm.engine import args as args_module
 from tinyvllm.errors import BadInput
-from tinyvllm.models.llama import Llama, kv_bytes, model_config
-from tinyvllm.engine.args import EngineArgs, estimate_activation_bytes, read_free_memory, size_pool
+from tinyvllm.metalsim import command_buffers
+from tinyvllm.metalsim.command_buffers import estimate_seconds
+from tinyvllm.models.llama import Llama, ModelConfig, kv_bytes, model_config
+from tinyvllm.engine.args import (GPU_TIMEOUT, M1_OPS, STEP_SECONDS, EngineArgs, count_token_ops, estimate_activation_bytes,
+                                  read_free_memory, size_pool, warn_of_timeout)
 from tinyvllm.models.weights import tiny_checkpoint
 
 
@@ -33,6 +38,42 @@ def test_pool_is_sized_by_what_is_free(model, monkeypatch):
     for change in (dict(num_blocks=22), dict(gpu_memory_utilization=0.5), dict(max_num_batched_tokens=4096)):
         with pytest.raises(BadInput, match='GB free'):
             with_memory(free, **change)
+
+
+LLAMA_8B = ModelConfig('llama', vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                       num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192)
+SMALL = ModelConfig('llama', vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                    num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192)
+
+
+def test_a_token_takes_two_operations_for_each_weight_and_four_for_each_number_that_it_looks_at():
+    weights, context = 7_504_658_432, 4 * 32 * 32 * 128 * 8192    # Llama 3 8B: of 8.03 billion, without embedding and norms
+    assert count_token_ops(LLAMA_8B) == 2 * weights + context
+
+
+@pytest.mark.parametrize('config, context, tokens', [
+    (LLAMA_8B, 8192, 32), (LLAMA_8B, 2048, 32), (LLAMA_8B, 131072, 16), (SMALL, 8192, 512), (SMALL, 512, 512)])
+def test_a_step_on_a_mac_is_what_an_m1_computes_in_a_second(config, context, tokens):
+    config, args = replace(config, max_position_embeddings=context), EngineArgs()
+    assert args.with_step_limit('METAL', config).max_num_batched_tokens == tokens
+    assert args.with_step_limit('METAL:1', config).max_num_batched_tokens == tokens
+    assert args.with_step_limit('CUDA', config).max_num_batched_tokens == 2048
+    assert EngineArgs(max_num_batched_tokens=99).with_step_limit('METAL', config).max_num_batched_tokens == 99
+    seconds = estimate_seconds(tokens * count_token_ops(config), 0)    # as the simulator's watchdog has it
+    assert seconds < STEP_SECONDS or tokens == 16 and seconds < GPU_TIMEOUT / 2
+
+
+def test_the_rule_is_the_watchdogs():
+    assert (M1_OPS, GPU_TIMEOUT) == (command_buffers.SHARE * command_buffers.M1_FLOPS, command_buffers.GPU_TIMEOUT)
+
+
+@pytest.mark.parametrize('tokens, config, told', [
+    (8192, LLAMA_8B, True), (512, LLAMA_8B, True), (128, LLAMA_8B, False), (32, LLAMA_8B, False), (512, SMALL, False)])
+def test_a_step_that_macos_would_stop_is_told(tokens, config, told):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        warn_of_timeout(tokens, config)
+    assert bool(found) == told and all(f'a step of {tokens} tokens takes an M1 about' in str(w.message) for w in found)
 
 
 def test_memory_of_a_card_is_read_from_nvidia_smi(monkeypatch):

@@ -1,11 +1,27 @@
-"Sizes and parts that an engine is refused."
+"Sizes and parts that an engine is refused, and parts that a device refuses."
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
 import pytest
 
-from support.engines import model  # noqa: F401
+from support.engines import greedy, model  # noqa: F401
 from tinyvllm.engine.llm import LLM
 from tinyvllm.errors import BadInput
+from tinyvllm.kernels.metal import find_refusal
+from tinyvllm.kv_cache.paged import PagedKVCache, paged_attend
+from tinyvllm.models.fused import fused, state_of
+from tinyvllm.models.llama import Llama, dense_attend
+from tinyvllm.quant.pack import warn_once
 from tinyvllm.reference.kvcache import KVCache
-from tinyvllm.models.llama import dense_attend
+from tinyvllm.runner.eager import EagerRunner
+
+ROOT = Path(__file__).resolve().parents[1]
+
+simulated = pytest.mark.skipif(sys.platform != 'linux', reason='a Mac cannot be made to refuse')
 
 
 @pytest.mark.parametrize('sizes, names', [
@@ -21,6 +37,79 @@ def test_sizes_that_cannot_be(model, sizes, names):
 def test_a_cache_without_blocks_wants_a_scheduler(model):
     with pytest.raises(BadInput, match='KVCache'):
         LLM(model, cache=KVCache(model, 16), attend=dense_attend)
+
+
+# --- what a Mac's driver refuses
+
+PROMPTS = [[1, 2, 3, 4], [7, 9] * 12]
+
+
+def answers(engine):
+    llm = LLM(engine, num_blocks=32)
+    outputs = llm.generate(PROMPTS, greedy(4), use_tqdm=False)
+    return [out.outputs[0].token_ids for out in outputs], type(llm.engine.runner).__name__
+
+
+@pytest.fixture(scope='module')
+def on_metal(model):
+    state = {name: t.to('METAL').realize() for name, t in state_of(model).items()}
+    return Llama(model.config, state)
+
+
+@pytest.fixture(scope='module')
+def portable(on_metal):
+    cache = PagedKVCache(on_metal, 32)
+    llm = LLM(on_metal, cache=cache, attend=paged_attend, runner=EagerRunner(on_metal, cache, paged_attend))
+    return [out.outputs[0].token_ids for out in llm.generate(PROMPTS, greedy(4), use_tqdm=False)]
+
+
+@simulated
+@pytest.mark.parametrize('kernel, runner, why', [
+    ('nothing', 'JitRunner', None),
+    ('paged_decode', 'JitRunner', 'attention runs in portable operations'),
+    ('merge_partials', 'JitRunner', 'attention runs in portable operations'),    # only long contexts need it
+    ('publish', 'EagerRunner', 'steps run one kernel after the other, and the host samples'),
+    ('apply_constraints', 'EagerRunner', 'steps run one kernel after the other, and the host samples'),
+    ('rope_write', 'JitRunner', 'METAL takes the slow, portable path'),
+    ('linear_lanes', 'JitRunner', 'METAL takes the slow, portable path')])
+def test_what_the_driver_refuses_runs_in_portable_operations(kernel, runner, why, on_metal, portable, monkeypatch):
+    "With one warning, and the same tokens."
+    monkeypatch.setenv('METALSIM_REFUSE', kernel)
+    find_refusal.cache_clear()
+    warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        assert answers(fused(on_metal)) == (portable, runner)
+    find_refusal.cache_clear()
+    assert [why in str(w.message) and f'kernel {kernel} cannot run on METAL' in str(w.message) for w in told] == [True] * bool(why)
+
+
+OLD = """
+import json, sys, warnings
+sys.path.insert(0, sys.argv[1])
+import test_defaults as t
+from support.engines import tiny
+from tinyvllm.metalsim import capturing
+model = tiny(1)
+state = {name: x.to('METAL').realize() for name, x in t.state_of(model).items()}
+with warnings.catch_warnings(record=True) as told, capturing() as sources:
+    warnings.simplefilter('always')
+    found = [t.answers(make(t.Llama(model.config, state))) for make in (lambda m: m, t.fused)]
+print(json.dumps([found, [str(w.message) for w in told], sources.kernels]))
+"""
+
+
+@simulated
+@pytest.mark.parametrize('family', ['Apple5', pytest.param('Mac2', marks=pytest.mark.slow)])
+def test_a_gpu_before_the_m1_gets_portable_operations(family, portable):
+    environment = {**os.environ, 'METALSIM_ARCH': family, 'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, '-c', OLD, str(ROOT / 'tests')], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, told, kernels = json.loads(done.stdout)
+    assert found == [[portable, 'EagerRunner']] * 2
+    assert told == ['our kernels need a GPU of family Apple7 (M1) or later, and this one is '
+                    f'{family}: portable operations run in their place']
+    assert not {'publish', 'sample', 'linear_lanes', 'paged_decode', 'rope_write', 'kv_write'} & {*kernels}
 
 
 def test_an_engine_is_taken_as_it_is(model):

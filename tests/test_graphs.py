@@ -8,7 +8,7 @@ from tinygrad import Device, Tensor, TinyJit
 from tinyvllm.kernels.metal import Kernel
 from tinyvllm.measure import counting
 from tinyvllm.runner import shared_memory
-from tinyvllm.runner.graphs import ARGUMENTS, CPUGraph, Replay
+from tinyvllm.runner.graphs import ARGUMENTS, CPUGraph, Replay, check_threads, without_running
 from tinyvllm.runner.shared_memory import wait_for_command_buffer
 
 cpu_only = pytest.mark.skipif(Device.DEFAULT != 'CPU', reason='the graph of the CPU')
@@ -57,6 +57,27 @@ def test_metal_is_waited_for_by_command_buffer(monkeypatch):
     assert waited == [first, second] and device.mtl_buffers_in_flight == [third]    # the first may have failed
     wait_for_command_buffer('METAL', first)    # tinygrad has forgotten it already
     assert waited == [first, second, first] and device.mtl_buffers_in_flight == [third]
+
+
+def test_what_is_recorded_without_running_has_not_run():
+    x, calls = Tensor([1.0, 2.0]).realize(), []
+    with without_running():
+        calls.append(x.assign(x * 2).realize())
+    assert x.tolist() == [1, 2] and len(calls) == 1
+    with pytest.raises(ZeroDivisionError), without_running():
+        (x + 1).realize(), 1 / 0
+    assert (x + 1).tolist() == [2, 3]    # and afterwards all runs again
+
+
+@pytest.mark.parametrize('threads, most, fits', [((32, 2, 1), 64, True), ((33, 2, 1), 64, False), (None, 1, True), ((9,), 0, True)])
+def test_a_graph_is_looked_at_for_kernels_that_metal_drops(threads, most, fits):
+    program = SimpleNamespace(arg=SimpleNamespace(local_size=threads))
+    runtime = SimpleNamespace(name='wide', **(dict(max_total_threads=most) if most else {}))    # CUDA has no such number
+    graph = SimpleNamespace(calls=[(0, program, [], {})], runtimes=[runtime], device='METAL')
+    if fits:
+        return check_threads(graph)
+    with pytest.raises(RuntimeError, match='wide has 66 threads in a threadgroup, and METAL drops it .* above 64'):
+        check_threads(graph)
 
 
 def test_a_replay_does_not_wait_for_the_one_before():

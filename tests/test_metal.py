@@ -5,7 +5,9 @@ On a machine with CUDA (`DEV=CUDA`) the translation runs too; with NVRTC alone i
 import ctypes
 import os
 import re
+import sys
 import threading
+import warnings
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -23,9 +25,10 @@ from tinyvllm.device import allow_threads
 from tinyvllm.errors import BadInput
 from tinyvllm.measure import counting
 from tinyvllm.kernels.metal import Kernel, format_defines, parse_element_type, parse_signature, translate_to_cuda
-from tinyvllm.metalsim.source import POSITIONS, INDICES, SIMD_WIDTH, Parameter
+from tinyvllm.metalsim.source import POSITIONS, INDICES, SIMD_WIDTH, Parameter, signatures
 
 DEVICES = sorted({'CPU', 'METAL', Device.DEFAULT})
+simulated = pytest.mark.skipif(sys.platform != 'linux', reason='a Mac cannot be made to refuse')
 AXPY = Kernel('''kernel void axpy(device T* y, device const T* x, device const T* z,
                  uint i [[thread_position_in_grid]]) {
   if (i < N) y[i] = A * x[i] + z[i];
@@ -343,6 +346,51 @@ def test_compile_errors_have_our_lines_and_nothing_is_printed(device, capfd):
     out, err = capfd.readouterr()
     assert not out and 'error' not in err
     assert axpy(x, x).tolist() == [0, 4, 8, 12]                     # and all goes on
+
+
+# --- pipelines
+
+@simulated
+def test_a_kernel_declares_its_threads_and_its_lines_stay():
+    text = 'inlined float twice(float x) { return 2 * x; }\n// a kernel void of words\nkernel void f(device float* y) { y[0] = zero; }'
+    kernel, y = Kernel(text), buffer([1.0], 'METAL')
+    for threads in (1, 96):
+        source = kernel.source('METAL', threads, {})
+        assert source.endswith(text.replace('\nkernel', f'\n[[max_total_threads_per_threadgroup({threads})]] kernel'))
+        assert [k.max_threads for k in signatures(source)] == [threads]
+        assert 'f:3:' in refusal(kernel, y, threads=(threads,))
+    own = Kernel('[[max_total_threads_per_threadgroup(128)]] kernel void f(device float* y) { y[0] = 1; }')    # as it says
+    assert own.source('METAL', 32, {}).endswith(own.metal)
+    assert '128 threads at most' in refusal(own, y, threads=(256,))
+
+
+@simulated
+@pytest.mark.parametrize('most, name, why', [
+    (64, '', '96 threads do not fit, 64 do'), (1024, 'axpy', 'axpy: Compiler encountered an internal error')])
+def test_what_the_driver_refuses_is_refused_at_the_call(most, name, why, monkeypatch):
+    "Its pipeline is built once, before anything runs, and the answer is kept."
+    monkeypatch.setenv('METALSIM_REFUSE', name)
+    monkeypatch.setattr('tinyvllm.metalsim.pipelines.MAX_THREADS', re.compile('no kernel declares its threads'))
+    monkeypatch.setenv('METALSIM_MAX_THREADS', str(most))
+    metal.find_refusal.cache_clear()
+    x = buffer(range(8), 'METAL')
+    for _ in range(2):
+        assert refusal(axpy, x, x, threads=96) == f'kernel axpy cannot run on METAL: {why}'
+    assert metal.find_refusal.cache_info().misses == 1
+    metal.find_refusal.cache_clear()
+
+
+def test_devices_that_run_the_kernels(monkeypatch):
+    for device, has in (('CPU', True), ('CUDA:1', True), ('WEBGPU', False)):
+        assert metal.has_kernels(device) == has
+    for family, old in (('Apple7', False), ('Apple5', True), ('Mac2', True)):
+        monkeypatch.setattr(metal, 'Device', {'METAL': SimpleNamespace(arch=family)})
+        metal.has_kernels.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            assert [metal.has_kernels('METAL') for _ in range(3)] == [not old] * 3
+        assert len(told) == old and all(f'Apple7 (M1) or later, and this one is {family}' in str(w.message) for w in told)
+    metal.has_kernels.cache_clear()
 
 
 def test_the_error_stream_survives_compilations_in_many_threads():
