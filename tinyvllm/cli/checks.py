@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 
-from tinyvllm.cli.cases import products, sampling, steps
+from tinyvllm.cli.cases import far, products, sampling, steps
+from tinyvllm.cli.cases.far import FarAttentionCases, FarEmbedCases, FarProductCases
 from tinyvllm.cli.cases.products import FORMAT_NAMES, ProductCases, RowCases, SwigluCases
 from tinyvllm.errors import BadInput
 from tinyvllm.kernels import cases as operations
-from tinyvllm.kernels.cases import MatmulCases
+from tinyvllm.kernels.cases import AttentionCases, MatmulCases
 
 __all__ = ['CHECKS', 'TOLERANCE', 'UNCHECKED', 'Check', 'checks_for']
 
@@ -50,11 +51,9 @@ def find(path: str) -> object:
 
 PACKED = tuple(name for name in FORMAT_NAMES if name != 'bf16')       # which kernels of GPUs read
 HALVES = tuple(name for name in PACKED if name != 'f32')              # those whose products are of halves
-LONG = MatmulCases(columns=16384)
+ONCE, SINGLE_ONCE = dict(dtypes=HALF, most=1), dict(dtypes=SINGLE, most=1)
 CHECKS = (
     *(Check('simd.matvec', operations.MATVEC, GPUS, f'simd.MATVEC_{rung}')
-      for rung in ('NAIVE', 'COALESCED', 'VECTOR', 'ROWS')),
-    *(Check('simd.matvec', LONG, GPUS, f'simd.MATVEC_{rung}', dtypes=HALF, most=1)
       for rung in ('NAIVE', 'COALESCED', 'VECTOR', 'ROWS')),
     Check('simd.kv_write', operations.KV_WRITE, GPUS),
     Check('simd.decode_simple', operations.DECODE, GPUS),
@@ -72,18 +71,15 @@ CHECKS = (
     *(Check('linear_gpu.gpu_linear', ProductCases(name, 'lanes'), GPUS) for name in PACKED),
     *(Check('linear_gpu.gpu_linear', ProductCases(name, 'tiles'), GPUS, dtypes=HALF) for name in HALVES),
     *(Check('linear_gpu.gpu_linear', ProductCases(name, 'stream'), ('CUDA',), dtypes=HALF) for name in HALVES),
-    *(Check('linear_gpu.gpu_linear', ProductCases(name, rung, columns), devices, dtypes=HALF, most=2)
-      for rung, columns, devices in (('lanes', 16384, GPUS), ('tiles', 4096, GPUS), ('stream', 16384, ('CUDA',)))
-      for name in ('f16', 'int4-g32', 'q6_k')),
     Check('linear_gpu.gpu_swiglu', SwigluCases(PACKED, 'lanes'), GPUS),
     Check('linear_gpu.gpu_swiglu', SwigluCases(HALVES, 'tiles'), GPUS, dtypes=HALF),
     Check('linear_gpu.gpu_swiglu', SwigluCases(HALVES, 'stream'), ('CUDA',), dtypes=HALF),
-    Check('linear_gpu.gpu_embed', RowCases(PACKED), GPUS),
+    Check('linear_gpu.gpu_embed', RowCases(PACKED, unknown='clamped'), GPUS),
     Check('linear_gpu.launch_rows', RowCases(PACKED, picked=False), GPUS),
     Check('linear_tiles.rms_norm', products.RMS_NORM, GPUS),
     *(Check('linear_cpu.cpu_linear', ProductCases(name), ('CPU',), dtypes=SINGLE) for name in FORMAT_NAMES),
     Check('linear_cpu.cpu_swiglu', SwigluCases(FORMAT_NAMES), ('CPU',), dtypes=SINGLE),
-    Check('rows_cpu.cpu_embed', RowCases(FORMAT_NAMES), ('CPU',), dtypes=SINGLE),
+    Check('rows_cpu.cpu_embed', RowCases(FORMAT_NAMES, unknown='zeros'), ('CPU',), dtypes=SINGLE),
     Check('models.fused.rope_write', steps.ROPE_WRITE, ALL),
     Check('runner.inputs.PREPARE', steps.PREPARE, ALL, dtypes=EXACT),
     Check('masks.apply_constraints', sampling.CONSTRAINTS, ALL, dtypes=SINGLE),
@@ -92,6 +88,44 @@ CHECKS = (
     Check('top_tokens.find_top_tokens', sampling.TOP_TOKENS, ALL, dtypes=SINGLE),
     Check('runner.sampled_tokens.PUBLISH', steps.PUBLISH, ALL, dtypes=EXACT),
 )
+LONG_DECODE, LONG_PREFILL = AttentionCases(context=8192), AttentionCases(True, True, context=4096)
+LONG_CHECKS = (
+    *(Check(kernel, LONG_DECODE, GPUS, **ONCE) for kernel in ('simd.decode_simple', 'softmax.decode')),
+    Check('softmax.decode_split', LONG_DECODE, GPUS, part=4096, **ONCE),
+    Check('flash.flash', LONG_PREFILL, GPUS, 'flash.FLASH_TILED', **ONCE),
+    Check('flash.flash', LONG_PREFILL, ('METAL',), 'flash.FLASH_MATRIX', **ONCE),
+    Check('flash.flash', LONG_PREFILL, ('CUDA',), 'flash_cuda.FLASH_CUDA', **ONCE),
+    *(Check('simd.matvec', MatmulCases(columns=16384), GPUS, f'simd.MATVEC_{rung}', **ONCE)
+      for rung in ('NAIVE', 'COALESCED', 'VECTOR', 'ROWS')),
+    *(Check('linear_gpu.gpu_linear', ProductCases(name, rung, columns), devices, dtypes=HALF, most=2)
+      for rung, columns, devices in (('lanes', 16384, GPUS), ('tiles', 4096, GPUS), ('stream', 16384, ('CUDA',)))
+      for name in ('f16', 'int4-g32', 'q6_k')),
+)
+FAR_CHECKS = (
+    *(Check(kernel, FarAttentionCases(), GPUS, **ONCE) for kernel in ('simd.decode_simple', 'softmax.decode')),
+    Check('softmax.decode_split', FarAttentionCases(), GPUS, part=32, **ONCE),
+    Check('flash.flash', FarAttentionCases(True), GPUS, 'flash.FLASH_TILED', **ONCE),
+    Check('flash.flash', FarAttentionCases(True), ('METAL',), 'flash.FLASH_MATRIX', **ONCE),
+    Check('flash.flash', FarAttentionCases(True), ('CUDA',), 'flash_cuda.FLASH_CUDA', **ONCE),
+    Check('cpu.attend', FarAttentionCases(), ('CPU',), **ONCE),
+    Check('simd.kv_write', far.FAR_WRITE, GPUS, **ONCE),
+    Check('cpu.kv_write', far.FAR_WRITE, ('CPU',), **ONCE),
+    Check('models.fused.rope_write', far.FAR_ROPE, ALL, **ONCE),
+    *(Check('linear_gpu.gpu_embed', FarEmbedCases(name), GPUS, **ONCE) for name in ('f16', 'int4-g32', 'q6_k')),
+    *(Check('rows_cpu.cpu_embed', FarEmbedCases(name), ('CPU',), **SINGLE_ONCE)
+      for name in ('f16', 'int4-g32', 'q6_k')),
+    *(Check('linear_gpu.gpu_linear', FarProductCases(name, rung), devices, **ONCE)
+      for rung, name, devices in (('lanes', 'f16', GPUS), ('lanes', 'int4-g32', GPUS), ('tiles', 'f16', GPUS),
+                                  ('tiles', 'int4-g32', ('METAL',)), ('stream', 'int4-g32', ('CUDA',)))),
+    Check('linear_cpu.cpu_linear', FarProductCases('int4-g32'), ('CPU',), **SINGLE_ONCE),
+    Check('linear_gpu.launch_rows', far.FAR_ROWS, GPUS, **ONCE),
+    Check('linear_tiles.rms_norm', far.FAR_NORM, GPUS, **ONCE),
+    Check('masks.apply_constraints', far.FAR_CONSTRAINTS, GPUS, **SINGLE_ONCE),
+    Check('penalties.apply_penalties', far.FAR_PENALTIES, GPUS, **SINGLE_ONCE),
+    Check('sampler.sample_tokens', far.FAR_SAMPLE, GPUS, **SINGLE_ONCE),
+    Check('top_tokens.find_top_tokens', far.FAR_TOP_TOKENS, GPUS, **SINGLE_ONCE),
+)
+CHECKS += LONG_CHECKS + FAR_CHECKS
 UNCHECKED: dict[str, str] = {}    # kernel -> why no row of the table launches it
 
 

@@ -7,7 +7,7 @@ In cases of attention block 0 and all slots without a token hold NaN: a kernel t
 `tinyvllm.cli.cases` has the operations of a model's step; they need what is built upon the kernels.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd, prod
 
 import numpy as np
@@ -49,6 +49,7 @@ class Case:
     want: tuple[np.ndarray | SparseArray, ...]    # float64, one for each output
     skip: int = 0                                 # rows of each output that may hold anything
     call: Callable = call_launcher                # (launch, tensors by name): how the launcher takes them
+    simulation: dict = field(default_factory=dict)    # arguments of `metalsim.launching`, where METAL is simulated
 
     def __str__(self) -> str:
         return ', '.join(f'{name} {"x".join(map(str, x.shape))}' for name, x in self.inputs.items())
@@ -248,15 +249,28 @@ class AttentionCases:
     "`launch(q, k, v, tables, owners, positions)`, and `starts` for kernels that take it: paged attention of a step."
     is_prefill: bool = False    # runs of tokens; else single tokens
     has_starts: bool = False    # the kernel takes the first token of each sequence, and writes 0 for padding
+    context: int = 0            # of one sequence with long sums; 0: short sequences
     shapes = 4
 
     @property
     def variant(self) -> str:
-        "Of a launcher that takes single tokens as well as runs of them."
-        return 'prefill' if self.is_prefill and not self.has_starts else ''
+        "Of a launcher that takes single tokens as well as runs of them, and of long sums."
+        return 'long' if self.context else 'prefill' if self.is_prefill and not self.has_starts else ''
+
+    def make_long_case(self, rng: np.random.Generator, dtype: str) -> Case:
+        "Draw keys that all score alike, and values whose sum in half stalls: each is rounded down when it is added."
+        S, D, T, L = 32, 128, 1 + 2 * self.is_prefill, self.context
+        k, v, tables = random_cache(rng, np.array([L]), S, 1, D, L // S, dtype)
+        k[tables[0]], v[tables[0]] = random_normal(rng, dtype, D), 1.124
+        inputs = dict(q=random_normal(rng, dtype, T, 2, D), k=k, v=v, tables=tables[:1], owners=np.zeros(T, np.int32),
+                      positions=np.arange(L - T, L, dtype=np.int32))
+        if self.has_starts:
+            inputs['starts'] = np.array([0, T], np.int32)
+        return Case(inputs, (reference_attention(**inputs),))
 
     def make_case(self, rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
         "Draw up to three sequences of ragged lengths; most cases end in tokens of padding."
+        if self.context: return self.make_long_case(rng, dtype)
         D, group, K, S = mixed_shape(n)
         width = -(-limits.context // S)
         contexts = random_contexts(rng, 1 + n % 3, S, width * S)

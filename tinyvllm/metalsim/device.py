@@ -5,6 +5,7 @@ Everything that touches tinygrad's inside is here, and follows `tinygrad.runtime
 """
 import ctypes
 import itertools
+import mmap
 import os
 import struct
 import weakref
@@ -33,6 +34,7 @@ from tinyvllm.metalsim.pipelines import build_pipeline
 MAGIC = b'MSIM'  # compiled code is this, then the source: `Library` finds its object in the cache
 ALIGNMENT = 256  # of a buffer's first byte, as Metal's
 UNSET = 0xFF  # fresh memory is full of it: NaN in every float type
+SPARSE, MAP_NORESERVE = 1 << 30, 0x4000  # larger memory is left empty: pages that are not touched cost nothing
 
 PARALLEL.value = 0  # processes that compile are started afresh, and would not find this module
 
@@ -106,6 +108,9 @@ class MetalAllocator(LRUAllocator):
     def _alloc(self, size: int, options) -> MetalBuffer:
         if options.external_ptr:
             return MetalBuffer(MTLBuffer.find(options.external_ptr), size)
+        if size >= SPARSE:
+            space = mmap.mmap(-1, size + 2 * RED_ZONE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+            return MetalBuffer(MTLBuffer((ctypes.c_uint8 * size).from_buffer(space, RED_ZONE)), size)
         space = (ctypes.c_uint8 * (size + 2 * RED_ZONE + ALIGNMENT))()
         start = RED_ZONE - (ctypes.addressof(space) + RED_ZONE) % ALIGNMENT + ALIGNMENT
         memory = (ctypes.c_uint8 * size).from_buffer(space, start)

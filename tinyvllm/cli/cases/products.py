@@ -251,6 +251,7 @@ class RowCases:
     "`launch(w, tokens, dtype)`, or `launch('all_rows', w, dtype)`: rows of a matrix, in each format in turn."
     formats: tuple[str, ...]    # of the weights
     picked: bool = True         # rows of tokens; else all of them
+    unknown: str = ''           # a token that is none gives the nearest row ('clamped') or 'zeros'
 
     @property
     def variant(self) -> str:
@@ -269,8 +270,11 @@ class RowCases:
         parts, w = random_parts(rng, name, N, K)
         inputs = {f'part {i}': part for i, part in enumerate(parts)}
         if not self.picked: return Case(inputs, (w,), call=partial(self.call, name, K, dtype))
-        tokens = np.append([N - 1, 0], rng.integers(0, N, 1 + n)).astype(np.int32)
-        return Case(inputs | dict(tokens=tokens), (w[tokens],), call=partial(self.call, name, K, dtype))
+        tokens = np.append([N - 1, 0, -3, N, 2**31 - 1], rng.integers(0, N, 1 + n)).astype(np.int32)
+        rows = w[tokens.clip(0, N - 1)]
+        if self.unknown == 'zeros':
+            rows[2:5] = 0
+        return Case(inputs | dict(tokens=tokens), (rows,), call=partial(self.call, name, K, dtype))
 
     @staticmethod
     def call(name: str, K: int, dtype: str, launch: Callable, tensors: dict[str, Tensor]) -> Tensor:

@@ -185,7 +185,8 @@ class PublishCases:
                          parts=parts, top_ids=top_ids if top else ids, below=below)
         arguments = {name: x if x.dtype == np.float32 else x.astype(np.int32) for name, x in arguments.items()}
         want = left.reshape(-1), np.append(ids, last[rows:]), np.array([step_id + 1])
-        return Case(arguments, want, call=partial(self.call, dict(SIZE=size, ROWS=rows, TOP=top)))
+        order = dict(kernel='publish', publish=(0, 4 * (step_id % NUM_STEPS) * size, 4))    # the step id comes last
+        return Case(arguments, want, call=partial(self.call, dict(SIZE=size, ROWS=rows, TOP=top)), simulation=order)
 
     @staticmethod
     def call(constants: dict[str, int], launch: Callable, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
