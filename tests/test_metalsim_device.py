@@ -17,6 +17,7 @@ from support.metal_cases import TOP, attention, edited, halves, in_graph, source
 from tinygrad import Device, Tensor, TinyJit, Variable, dtypes
 from tinygrad.device import Allocator, CompileError, Compiled, Compiler, LRUAllocator, Program, TinyELF
 from tinygrad.engine.jit import GraphRunner
+from tinygrad.engine.realize import estimate_uop
 from tinygrad.uop.ops import ProgramInfo
 
 from tinyvllm.engine.llm import LLM
@@ -569,7 +570,7 @@ USED = {
     Compiler.__init__: ['cachekey'], Compiler.compile: ['src'], Program.__init__: ['dev', 'obj'],
     LRUAllocator.__init__: ['dev', 'kwargs'], Allocator._offset: ['buf', 'size', 'offset'],
     GraphRunner.__init__: ['linear', 'input_uops'], GraphRunner.updated_launch_dims: ['var_vals'],
-    ProgramInfo.launch_dims: ['var_vals']}
+    ProgramInfo.launch_dims: ['var_vals'], estimate_uop: ['call']}
 
 
 def methods(path):
@@ -590,6 +591,21 @@ def test_tinygrads_metal_has_the_methods_that_ours_has(file):
     found, known = methods(Path(tinygrad.__file__).parent / file), METHODS[file]
     changed = sorted(name for name in found.keys() | known.keys() if found.get(name) != known.get(name))
     assert not changed, f'tinygrad changed {changed} in {file}: look whether tinyvllm/metalsim/device.py must follow'
+
+
+OWNERSHIP = {  # what `metalsim.command_buffers` says about tinygrad: what it releases, and does not own
+    'runtime/support/objc.py': ["setattr(self, 'retain', True)", 'if self.retain and not self._is_finalizing(): self.release()'],
+    'runtime/ops_metal.py': ['@functools.cache\ndef to_ns_str', 'mtl_queue.commandBuffer().retained()',
+                             'command_buffer.computeCommandEncoder().retained()', 'self.dev.mtl_buffers_in_flight.append'],
+    'runtime/graph/metal.py': ['mtl_queue.commandBuffer().retained()', 'self.icb.indirectComputeCommandAtIndex(j).retained()']}
+
+
+@pytest.mark.parametrize('file', OWNERSHIP)
+def test_tinygrad_still_releases_what_it_does_not_own(file):
+    text = (Path(tinygrad.__file__).parent / file).read_text()
+    changed = [line for line in OWNERSHIP[file] if line not in text]
+    assert not changed, f'tinygrad changed {changed} in {file}: may a thread that has used METAL end now?'
+    assert 'msg("retain")' not in text and 'objc_autoreleasePool' not in text
 
 
 def test_tinygrads_base_classes_are_as_ours_use_them():

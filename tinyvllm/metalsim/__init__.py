@@ -9,6 +9,7 @@ alignment, races, uninitialised threadgroup memory; each complaint names the lin
     add([a, b, out, len(a)], grid=(4,), threads=(256,))         # numpy arrays, written in place
     add.verify([a, b, out, len(a)], (4,), (256,), outs=[2])     # five thread orders, three fills
     lint(source)                                                # what Metal's own compiler refuses
+    count_operations(source).arrays                             # which arrays of a thread stay in memory
     with counting() as counts:                                  # who ran, reads, writes and bytes
         add([a, b, out, len(a)], grid=(4,), threads=(256,))
     with launching('add', order=1, origin=(3, 0, 0)):           # backwards, only the last threadgroup
@@ -20,6 +21,11 @@ alignment, races, uninitialised threadgroup memory; each complaint names the lin
 here unchanged. `import tinyvllm` calls it wherever there is no Metal, so that `DEV=METAL`,
 `--device METAL` and `Tensor(x, device='METAL')` work. It is never chosen by itself.
 
+The device keeps a Mac's rules, as far as they can be read off tinygrad's runtime: a thread that has used
+it ends only with the process, a kernel with more threads than its pipeline takes is dropped from a graph
+without an error, a command buffer that an M1 would compute for more than five seconds fails, and what a
+GPU's family lacks is refused when a pipeline is built. See `command_buffers` and `pipelines`.
+
 It needs clang 14 or newer, or the `ziglang` wheel, which tinyvllm installs on Linux. It cannot tell
 how fast a kernel is, nor whether it fits into a GPU's registers.
 
@@ -29,6 +35,8 @@ Environment variables, for the device METAL:
     METALSIM_FLUSH=0       keep denormals of single precision; 1, zero as on a GPU, is the default
     METALSIM_LINT=1        lint each source before it is compiled; 0 is the default
     METALSIM_ARCH=Apple7   the GPU's family: Apple7 is M1, Apple8 is M2, Apple9 (the default) M3 and M4
+    METALSIM_MAX_THREADS=64    threads that fit, by a kernel's registers, if it declares no number; default 1024
+    METALSIM_REFUSE=a,b    kernels whose pipelines are refused, by name
     METALSIM_CC=clang-14   the compiler; default: $CC, the first clang there is, ziglang
 """
 import importlib
@@ -39,7 +47,7 @@ from pathlib import Path
 
 _HOMES = {'Library': 'kernel', 'Kernel': 'kernel', 'MetalError': 'compiler', 'MetalCompileError': 'compiler',
           'lint': 'linter', 'verify': 'checks', 'counting': 'counts', 'launching': 'kernel',
-          'capturing': 'capture'}
+          'capturing': 'capture', 'count_operations': 'operations'}
 __all__ = [*_HOMES, 'install']
 
 RUNTIME = 'tinygrad.runtime.ops_metal'  # the module that tinygrad imports when METAL is first used
