@@ -50,6 +50,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, unpacked):
     assert files(unpacked / 'tinyvllm/metalsim') == files(ROOT / 'tinyvllm/metalsim')
     assert files(unpacked / 'tinyvllm/kernels', '*.h') == files(ROOT / 'tinyvllm/kernels', '*.h') == {Path('msl_cuda.h'), Path('ptx.h'), Path('vectors.h')}
     assert (unpacked / 'tinyvllm/data/ladder.jsonl').read_bytes() == (ROOT / 'nbs/ladder.jsonl').read_bytes()
+    assert (unpacked / 'tinyvllm/data/smollm2_golden.json').read_bytes() == (ROOT / 'tests/golden/smollm2.json').read_bytes()
     assert wheel.name == f'tinyvllm-{version()}-py3-none-any.whl' and wheel.stat().st_size < 1_000_000
 
 

@@ -2,12 +2,14 @@
 import configparser
 import json
 import platform
+import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from tinyvllm.cli.measurements import Workload
 from tinyvllm.cli.report import FORMAT, ISSUES, VERSION, OutOfTime, format_summary, remove_private, write_report
 from tinyvllm.cli.report_sections import SECTIONS, Plan, Section, counting_syncs, identity, unusual
 from tinyvllm.errors import BadInput
-from tinyvllm.measure import read_rows
+from tinyvllm.measure import LadderRow, read_rows
 from tinyvllm.reference.generate import answer_logits, generate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +32,10 @@ def read(path):
     "The report in a file; NaN is no JSON."
     def refuse(constant): raise ValueError(constant)
     return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def checks(name):
+    return [check for check in doctor.CHECKS if check.name == name]
 
 
 def run(capsys, *args):
@@ -54,25 +60,24 @@ def sections(calls, seconds=60, **parts):
 
 # --- a whole report ----------------------------------------------------------------------------------------
 
-def make_goldens(model, path, length=6):
-    "Greedy answers of a model to two prompts, as `data/smollm2_golden.json` has them."
-    items = []
-    for name, prompt in ('one', [5]), ('more', [7, 300, 12]):
-        tokens = list(generate(model, prompt, length))
-        logits = answer_logits(model, prompt, tokens).astype(np.float64)
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        best = np.sort(logprobs)[:, ::-1]
-        items.append(dict(name=name, prompt_ids=prompt, greedy_ids=tokens, top1_logprob=best[:, 0].tolist(),
-                          top1_top2_margin=(best[:, 0] - best[:, 1]).tolist()))
-    path.write_text(json.dumps(dict(items=items)))
+def make_goldens(model, path):
+    "The greedy answer of a model to a prompt, as `data/smollm2_golden.json` has them."
+    prompt = [7, 300, 12]
+    tokens = list(generate(model, prompt, 3))
+    logits = answer_logits(model, prompt, tokens).astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    best = np.sort(logprobs)[:, ::-1]
+    item = dict(name='three', prompt_ids=prompt, greedy_ids=tokens, top1_logprob=best[:, 0].tolist(),
+                top1_top2_margin=(best[:, 0] - best[:, 1]).tolist())
+    path.write_text(json.dumps(dict(items=[item])))
 
 
 @pytest.fixture(scope='module')
 def plan(folder, tmp_path_factory):
     "The tiny model and as little work as there can be."
     goldens = tmp_path_factory.mktemp('report') / 'goldens.json'
-    plan = Plan('CPU', str(folder), goldens, cases=1, golden_tokens=6, batches=(1,), work=Workload(4, 4),
-                rungs=(('10c', 2, 1), ('01', 1, 1)))
+    plan = Plan('CPU', str(folder), goldens, cases=1, golden_tokens=3, batches=(1,), work=Workload(4, 4),
+                rungs=(('10c', 2, 1),))
     make_goldens(plan.portable, goldens)
     return plan
 
@@ -82,7 +87,8 @@ def whole(plan, tmp_path_factory):
     "A whole report: all sections, two kernels, probes of a small memory."
     path = tmp_path_factory.mktemp('whole') / 'mac.json'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_sections, 'checks_for', lambda device: doctor.checks_for(device, 'kv_write'))
+        patch.setattr(report_sections, 'checks_for', lambda device: checks('cpu.kv_write'))
+        patch.setattr(report_sections, 'record_engines', lambda *_: SimpleNamespace(names=['kv_write']))
         patch.setattr(report_sections, 'read_bandwidth', lambda threads=2: 10e9 * threads)
         patch.setattr(report_sections, 'product_bandwidth', lambda dtype: 5e9)
         patch.setattr(doctor, 'measure_launch', lambda *_: (12.5, 8.0))
@@ -101,9 +107,10 @@ def test_all_sections_are_there_and_right(whole, plan):
     found = content['sections']
     assert list(found['bandwidth']) == ['read, 1 thread', 'read, all cores', 'product, float32', 'product, float16']
     assert found['kernels']['cpu.kv_write float32']['us'] == 12.5 and found['kernels']['cpu.kv_write float32']['cases'] == 1
-    assert found['goldens']['more']['tokens'] == 6 and found['goldens']['more']['max_logprob_error'] < 1e-4
+    assert found['goldens']['three']['tokens'] == 3 and found['goldens']['three']['max_logprob_error'] < 1e-4
+    assert list(found['engines']) == list(map(str, report_sections.KINDS))
     assert found['counts']['decode x1']['kernels_per_token'] > 5 > found['counts']['decode x1']['launches_per_token']
-    assert found['rungs']['10c x2']['requests'] == 2 and found['rungs']['01 x1']['decode_tok_s'] > 0
+    assert found['rungs']['10c x2']['requests'] == 2 and found['rungs']['10c x2']['decode_tok_s'] > 0
 
 
 def test_nothing_private_is_in_it(whole):
@@ -112,8 +119,20 @@ def test_nothing_private_is_in_it(whole):
     assert not [line for line in text.splitlines() if f'"{platform.node()}' in line]
 
 
-def test_the_time_of_all_sections_is_ten_minutes():
+def test_the_time_of_all_sections_is_ten_minutes_and_the_page_says_so():
+    page = (ROOT / 'nbs/mac.ipynb').read_text()
     assert sum(section.seconds for section in SECTIONS) <= 600
+    assert all(re.search(rf'\| `{s.name}` \|[^|]*\| {s.seconds} \|', page) for s in SECTIONS)
+
+
+def test_the_page_explains_every_field(whole):
+    page = (ROOT / 'nbs/mac.ipynb').read_text()
+    content = read(whole)
+    of_ladder = content['sections'].pop('rungs')['10c x2'].keys() - {'ok', 'seconds'}
+    names = {key for parts in content['sections'].values() for result in parts.values() for key in result}
+    names |= {*content, *content['sections'], 'error', 'wrong', 'stopped', 'skipped', 'warnings'}
+    assert not [name for name in names if f'`{name}`' not in page]
+    assert of_ladder == {field.name for field in fields(LadderRow)} and '`LadderRow`' in page
 
 
 # --- interrupted, failing, late ----------------------------------------------------------------------------
@@ -188,7 +207,7 @@ def test_time_ends_a_kernel_and_a_rung_in_the_middle(plan, part):
         if next(ticks) == 2: raise OutOfTime
     with pytest.raises(OutOfTime):
         if part == 'kernel':
-            check, = doctor.checks_for('CPU', 'cpu.kv_write')
+            check, = checks('cpu.kv_write')
             report_sections.check_kernel(replace(plan, cases=3), check, 'float32', tick)
         report_sections.measure_one_rung(plan, '01', 1, 1, tick)
     assert next(ticks) == 3
@@ -259,7 +278,7 @@ def test_goldens_travel_with_the_package():
 # --- parts -------------------------------------------------------------------------------------------------
 
 def test_goldens_that_differ_are_wrong_unless_two_tokens_are_equally_likely(plan):
-    item = json.loads(plan.goldens.read_text())['items'][1]
+    item, = json.loads(plan.goldens.read_text())['items']
     token, first = item['greedy_ids'][0], replace(plan, golden_tokens=1)
     logits = answer_logits(plan.portable, item['prompt_ids'], [token])[0].astype(np.float64)
     second = int(np.argsort(logits)[-2])
@@ -306,14 +325,14 @@ def test_messages_lose_folders_and_names(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='a Mac has the real one')
 def test_simulated_metal_has_no_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_sections, 'checks_for', lambda device: doctor.checks_for(device, 'simd.kv_write'))
+    monkeypatch.setattr(report_sections, 'checks_for', lambda device: checks('simd.kv_write'))
     found = write_report(tmp_path / 'mac.json', Plan('METAL', cases=1))
     assert found.content['about']['simulated'] and not found.wrong
     results = {name: result for parts in found.content['sections'].values() for name, result in parts.items()}
     assert not [key for result in results.values() for key in result if key.endswith('_s') or key == 'seconds']
     assert results['simd.kv_write float16']['us'] is None and results['simd.kv_write float16']['gbps'] is None
     parts = found.content['sections']
-    assert all('skipped' in parts[name]['all'] for name in ('bandwidth', 'goldens', 'counts', 'rungs'))
+    assert all('skipped' in parts[name]['all'] for name in ('bandwidth', 'engines', 'goldens', 'counts', 'rungs'))
     assert results['machine']['gpu_family'].startswith('Apple')
 
 
@@ -332,9 +351,9 @@ def test_rows_are_made_of_a_report_once(whole, tmp_path):
     path.write_text(json.dumps(content))
     args = path, '--ladder', ladder, '--results', results
     assert from_report(*args, '--show').returncode == 0 and not ladder.exists() and not results.exists()
-    assert '9 new rows' in from_report(*args).stderr and '0 new rows, 9 were there' in from_report(*args).stderr
-    assert {(r.rung, r.requests) for r in read_rows(ladder)} == {('10c', 2), ('01', 1)}
-    for name, wanted in ('bandwidth', 4), ('doctor', 3):
+    assert '7 new rows' in from_report(*args).stderr and '0 new rows, 7 were there' in from_report(*args).stderr
+    assert {(r.rung, r.requests) for r in read_rows(ladder)} == {('10c', 2)}
+    for name, wanted in ('bandwidth', 4), ('doctor', 2):
         rows = [json.loads(line) for line in (results / f'{name}.jsonl').read_text().splitlines()]
         assert len(rows) == wanted and all(row['machine'] == 'Apple M9, 10 cores' and row['commit'] == 'abc1234' for row in rows)
         assert all(row['date'] == '2027-01-02' and 'from_report.py' in row['command'] for row in rows)

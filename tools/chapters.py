@@ -66,7 +66,8 @@ def by_part(chapters):
 def sidebar(chapters):
     "The lines of _quarto.yml that list all pages."
     lines = ['      - text: "Welcome"', '        href: index.ipynb',
-             '      - text: "Architecture"', '        href: architecture.ipynb']
+             '      - text: "Architecture"', '        href: architecture.ipynb',
+             '      - text: "Your Mac\'s numbers"', '        href: mac.ipynb']
     for name, members in by_part(chapters):
         lines += [f'      - section: "{name}"', '        contents:']
         for c in members:

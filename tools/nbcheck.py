@@ -15,7 +15,7 @@ SECTIONS = ['Where we are', 'The problem', 'Measure it', 'The idea', 'Build it',
             'Plug it in', 'Measure again', 'What we learned', 'Exercises',
             'Where this lives elsewhere']
 APPENDIX = ['Where we are', 'Build it', 'Same answer?', 'Where this lives elsewhere']  # of plumbing: `# Appendix: ...`
-PAGES = {'index', 'architecture'}  # no chapters
+PAGES = {'index', 'architecture', 'mac'}  # no chapters
 FLAGS = {'slow', 'metal', 'cuda', 'bench'}  # tst_flags in settings.ini
 EXPORTS = {'export', 'exports', 'exporti'}
 DIRECTIVES = FLAGS | EXPORTS | {'default_exp', 'hide', 'eval:', 'echo:', 'include:', 'code-fold:',

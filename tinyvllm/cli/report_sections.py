@@ -19,6 +19,7 @@ from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.dtype import DType
 
 from tinyvllm import LLM, SamplingParams, __version__
+from tinyvllm.cli.coverage import KINDS, ModelKind, record_engines
 from tinyvllm.cli.doctor import Check, checks_for, driver, is_simulated, run_check
 from tinyvllm.cli.measurements import (Load, Workload, count_step, decode, layer_kernels, measure_rung, open_model,
                                        stored_as)
@@ -45,7 +46,7 @@ class Plan:
     device: str                                # tinygrad's name; the default device
     model: str = DEFAULT_MODEL                 # a name, a folder or a file
     goldens: Path = GOLDENS                    # prompts with the tokens and log-probabilities of that model
-    cases: int = 20                            # of each kernel and dtype
+    cases: int = 12                            # of each kernel and dtype
     golden_tokens: int = 64                    # of each answer
     batches: tuple[int, ...] = (1, 8)          # sequences together, for which decoding is counted
     work: Workload = Workload(32, 16)          # of a rung; the ladder's
@@ -211,6 +212,18 @@ def check_kernel(plan: Plan, check: Check, dtype: str, tick: Callable) -> dict:
     return result | (dict(wrong=row.trouble) if row.trouble else {})
 
 
+# --- engines -----------------------------------------------------------------------------------------------
+
+def engine_parts(plan: Plan) -> dict[str, Callable]:
+    "Parts of `engines`: a small engine for each format of weights, with requests of all kinds."
+    return {str(kind): partial(run_kind, plan.device, kind) for kind in KINDS}
+
+
+def run_kind(device: str, kind: ModelKind, tick: Callable) -> dict:
+    "Run one small engine. Raises what its kernels raise; a kernel that was refused is an error, too."
+    return dict(kernels=record_engines(device, (kind,)).names)
+
+
 # --- goldens -----------------------------------------------------------------------------------------------
 
 def golden_parts(plan: Plan) -> dict[str, Callable]:
@@ -300,8 +313,9 @@ SECTIONS = (
     Section('facts', fact_parts, 5),
     Section('compiler', compiler_parts, 15),
     Section('bandwidth', hardware_only(bandwidth_parts), 30),
-    Section('kernels', kernel_parts, 150),
-    Section('goldens', hardware_only(golden_parts), 60),
-    Section('counts', hardware_only(count_parts), 40),
-    Section('rungs', hardware_only(rung_parts), 290),
+    Section('kernels', kernel_parts, 190),
+    Section('engines', hardware_only(engine_parts), 60),
+    Section('goldens', hardware_only(golden_parts), 50),
+    Section('counts', hardware_only(count_parts), 30),
+    Section('rungs', hardware_only(rung_parts), 210),
 )   # 590 seconds together
