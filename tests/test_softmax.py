@@ -267,7 +267,7 @@ DECODE_MUTANTS = {
     'repeated keys count': ('tile + i < last ? x[g][0] : MASKED', 'x[g][0]'),
     'reads beyond the last key': ('min((tile) + i, last - 1)', 'min((tile) + i, B * S - 1)'),
     'sums of lanes go astray': ('simd_shuffle_xor(give, w)', 'simd_shuffle_xor(give, 1)'),
-    'the wrong half is kept': ('keep = l & w ? x[g][j + w] : x[g][j]', 'keep = x[g][j]'),
+    'the wrong half is kept': ('keep = l & w ? high : low', 'keep = low'),
     'a largest score per lane': ('simd_max(score)', 'score'),
     'values do not shrink': ('o[g] *= shrink;', ''),
     'weights do not shrink': ('s[g] * shrink + p[g]', 's[g] + p[g]'),

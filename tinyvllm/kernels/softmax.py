@@ -35,7 +35,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     f, g = 2 ** (a.m - m), 2 ** (b.m - m)
     return Partial(m, a.s * f + b.s * g, a.o * f + b.o * g)
 
-# %% ../../nbs/06a_softmax.ipynb #23106f3b
+# %% ../../nbs/06a_softmax.ipynb #2e46e25b
 DECODE = Kernel("""
 constant constexpr float LOW = -1e30f, MASKED = -3e38f;
 kernel void paged_decode(device O4* out, device const T4* q, device const T4* k,
@@ -85,9 +85,9 @@ kernel void paged_decode(device O4* out, device const T4* q, device const T4* k,
     float p[HEADS];                                         // the softmax of the tile
     unrolled for (int g = 0; g < HEADS; g++) {
       unrolled for (int w = LANES / 2; w; w /= 2)
-        unrolled for (int j = 0; j < w; j++) {
-          const float keep = l & w ? x[g][j + w] : x[g][j];
-          const float give = l & w ? x[g][j] : x[g][j + w];
+        unrolled for (int j = 0; j < LANES / 2; j++) if (j < w) {
+          const float low = x[g][j], high = x[g][j + w];
+          const float keep = l & w ? high : low, give = l & w ? low : high;
           x[g][j] = keep + simd_shuffle_xor(give, w);
         }
       const float score = tile + i < last ? x[g][0] : MASKED;

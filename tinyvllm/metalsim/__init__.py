@@ -33,9 +33,10 @@ Environment variables, for the device METAL:
 
     METALSIM_CHECK=0       run without checks, faster; 1 is the default
     METALSIM_FLUSH=0       keep denormals of single precision; 1, zero as on a GPU, is the default
-    METALSIM_LINT=1        lint each source before it is compiled; 0 is the default
+    METALSIM_LINT=0        compile without lint; 1 is the default: each source is linted, once
     METALSIM_ARCH=Apple7   the GPU's family: Apple7 is M1, Apple8 is M2, Apple9 (the default) M3 and M4
     METALSIM_MAX_THREADS=64    threads that fit, by a kernel's registers, if it declares no number; default 1024
+    METALSIM_DEFER=1       run kernels when they are waited for, as late as a GPU may; 0 is the default
     METALSIM_REFUSE=a,b    kernels whose pipelines are refused, by name
     METALSIM_CC=clang-14   the compiler; default: $CC, the first clang there is, ziglang
 """
