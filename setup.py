@@ -40,7 +40,7 @@ setup(
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[lib, lib + '.*']),
     package_data={lib: ['data/*'], lib + '.kernels': ['*.h'], lib + '.server': ['static/*'],
-                  lib + '.metalsim': ['rt.cpp', 'include/*']},
+                  lib + '.metalsim': ['rt.cpp', '*.h', 'include/*']},
     install_requires=words('requirements'),
     extras_require={name: words(name + '_requirements') for name in ('hub', 'plot', 'serve', 'dev', 'clients', 'parity')},
     entry_points={'console_scripts': words('console_scripts'), 'nbdev': [f'{lib}={lib}._modidx:d']},

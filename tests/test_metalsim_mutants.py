@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.metal_cases import TOP, decode, edited, mma, prefill, qmv, source, split, with_args
 
-from tinyvllm.metalsim import Library, MetalError, lint
+from tinyvllm.metalsim import Library, MetalError
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='a Mac has the real one')
 BARRIER = 'threadgroup_barrier(mem_flags::mem_threadgroup)'
@@ -107,70 +107,3 @@ def test_a_bug_is_caught_when_it_runs(name):
     case = replace(case, args=[a.copy() if isinstance(a, np.ndarray) else a for a in case.args])
     with pytest.raises(MetalError, match=message):
         Library(text)[case.kernel].verify(case.args, case.grid, case.threads, outs=[case.out])
-
-
-# file, old text, new text, what lint must say
-TYPOS = {
-    'pointer without address space': (
-        'paged_decode', 'device const half* kp', 'const half* kp', ':28: pointer or reference without an address'),
-    'threadgroup pointer taken for device': (
-        'flash_prefill', '*(threadgroup half4*)(&qt[r][c])', '*(device half4*)(&qt[r][c])',
-        ':19: cast between address spaces'),
-    'write through const': ('qmv', 'device half* y', 'device const half* y', ':26:48: error: read-only variable'),
-    'double': ('qmv', 'float t = simd_sum', 'double t = simd_sum', ':25: double is not in MSL'),
-    'float4 put into half4': ('paged_decode', 'half4(acc / s)', '(acc / s)', ":38:58: error: assigning to 'half4'"),
-    'max of float and int': (
-        'paged_decode', 'max(m, score)', 'max(m, 0)', ":33:24: error: call to 'max' is ambiguous"),
-    'three components for four': (
-        'qmv', 'uint4(q, q >> 4, q >> 8, q >> 12)', 'uint4(q, q >> 4, q >> 8)', ':19:32: error: '),
-}
-
-
-@pytest.mark.parametrize('name', TYPOS)
-def test_lint_catches_what_metal_refuses(name):
-    file, old, new, message = TYPOS[name]
-    text = source(file)
-    assert lint(text) == []
-    (complaint, *_) = lint(edited(text, old, new))
-    assert complaint.startswith('kernel.metal') and message in complaint
-
-
-BODY = 'uint t [[thread_position_in_grid]]) { '
-SNIPPETS = {
-    'components differ': (
-        'kernel void k(device int* o, uint t [[thread_position_in_grid]],\nuint3 n [[threads_per_grid]]) { o[t] = n.x; }',
-        'must all have the same number of components'),
-    'helper takes a pointer': (
-        'float f(float* p) { return *p; }\nkernel void k(device float* o, ' + BODY
-        + 'float x[2] = {1.0f, 2.0f}; o[t] = f(x); }', ':3: pointer or reference without an address space: `float* p`'),
-    'helper takes a reference': (
-        'void f(float& p) { p = 1; }\nkernel void k(device float* o, ' + BODY + 'float x; f(x); o[t] = x; }',
-        ':3: pointer or reference without an address space: `float& p`'),
-    'constexpr at program scope': (
-        'constexpr int N = 4;\nkernel void k(device int* o, ' + BODY + 'o[t] = N; }', 'must be `constant`'),
-    'lambda': ('kernel void k(device int* o, ' + BODY + 'auto f = [&](int x) { return x; }; o[t] = f(3); }',
-               ':3: no lambdas'),
-    'initialised threadgroup variable': (
-        'kernel void k(device int* o, ' + BODY + 'threadgroup int x = 3; o[t] = x; }', ':3:'),
-    'C++ header': ('#include <cmath>\nkernel void k(device float* o, ' + BODY + 'o[t] = 1; }',
-                   ':3: only <metal_*> headers'),
-    'number by value': ('kernel void k(device float* o, int n, ' + BODY + 'o[t] = n; }',
-                        "parameter 'n' has no address space"),
-    'index used twice': ('kernel void k(device float* o [[buffer(0)]], device float* p [[buffer(0)]], ' + BODY
-                         + 'o[t] = p[t]; }', 'two parameters share a buffer index'),
-}
-
-
-@pytest.mark.parametrize('name', SNIPPETS)
-def test_lint_knows_the_rules_of_the_language(name):
-    text, message = SNIPPETS[name]
-    assert any(message in complaint for complaint in lint(TOP + text)), lint(TOP + text)
-
-
-def test_lint_lets_good_kernels_pass():
-    text = ('constant constexpr int N = 4;\n'
-            'template <typename T> inline float f(thread const T* p) { return p[0] * p[1]; }\n'
-            'kernel void k(device float* o, constant int& n, uint2 t [[thread_position_in_grid]], '
-            'uint2 g [[threads_per_grid]]) { float x[2] = {1.0f, 2.0f}; o[t.x * g.y & n] = f(x) * N; }')
-    for good in (TOP + text, *map(source, ('add', 'mma', 'qmv', 'flash_prefill', 'paged_decode', 'paged_decode_gqa'))):
-        assert lint(good) == []

@@ -335,7 +335,7 @@ def caught(name, mutant, check, monkeypatch):
         check()
     except (AssertionError, metalsim.MetalError):
         return True
-    return any(metalsim.lint(source) for source in sources if broken.metal in source)
+    return any(metalsim.lint(source) for source in sources if new in source)
 
 
 @simulator

@@ -56,7 +56,7 @@ class MetalCompiler(Compiler):
     def compile(self, src: str) -> bytes:
         "Raises `CompileError` with the line numbers of the source."
         note_source(src)
-        complaints = lint(src) if knob('METALSIM_LINT', '0') else []
+        complaints = lint(src) if knob('METALSIM_LINT', '1') else []
         if complaints:
             raise CompileError('\n'.join(complaints))
         check = knob('METALSIM_CHECK', '1')
@@ -156,12 +156,13 @@ class MetalProgram(Program):
         if prod(local_size) > self.max_total_threads:
             raise RuntimeError(f'local size {local_size} bigger than {self.max_total_threads} with exec width 32')
         table = {i: buffer.address_and_size for i, buffer in enumerate(bufs)}
-        numbers = []  # kept until the kernel has run
+        numbers = []
         for value, (_, index, dtype, _) in zip(vals, self.signature[len(bufs):]):
             numbers.append(getattr(ctypes, f'c_int{dtype.bitsize}')(value))
             table[index] = ctypes.addressof(numbers[-1]), dtype.itemsize
         seconds = estimate_seconds(0, sum(buffer.size for buffer in bufs))
-        done = self.dev.submit(self.name, [(lambda: self.dispatch(table, global_size, local_size), seconds)])
+        run = partial(self.dispatch, table, global_size, local_size, kept=(bufs, numbers))
+        done = self.dev.submit(self.name, [(run, seconds)])
         if wait:
             wait_check(done)
             return done.end - done.start
@@ -170,6 +171,7 @@ class MetalProgram(Program):
         table: dict[int, tuple[int, int]], # buffer index -> address and size
         global_size, # threadgroups
         local_size, # threads in one
+        kept=(), # what must live until the kernel has run
     ) -> None:
         """Run the kernel, under the rules of a command encoder. Raises `MetalError`.
 
@@ -261,6 +263,7 @@ class MetalDevice(Compiled):
     def __init__(self, device: str):
         compiler()  # without one, say so now
         self.mtl_buffers_in_flight: list[MTLCommandBuffer] = []
+        self.mtl_queue: list[MTLCommandBuffer] = []  # those that have not run yet
         super().__init__(device, MetalAllocator(self), [MetalRenderer], MetalProgram, MetalGraph,
                          arch=os.environ.get('METALSIM_ARCH', 'Apple9'))
 
@@ -270,7 +273,7 @@ class MetalDevice(Compiled):
     ) -> MTLCommandBuffer:
         "Run commands as one command buffer, and keep it until `synchronize`. Raises `MetalError`."
         check_pools()
-        command_buffer = MTLCommandBuffer(to_ns_str(label))
+        command_buffer = MTLCommandBuffer(to_ns_str(label), self.mtl_queue)
         command_buffer.commit(commands)
         self.mtl_buffers_in_flight.append(command_buffer)
         return command_buffer

@@ -1,102 +1,83 @@
 """What Metal's own compiler would refuse, although C++ takes it.
 
-Three looks: words that the language lacks; declarations without an address space; and a compilation
-with numbered address spaces, where mixing them is an error and a cast between them leaves a trace.
+clang reads the source as C++ for OpenCL (opencl.py). Its errors count, and rules about words (lint_words.py),
+types (lint_types.py) and kernels (lint_kernels.py); each rule says where it is from.
 """
-import re
-import tempfile
-from collections.abc import Iterator
+import json
+import warnings
+from functools import cache
 from pathlib import Path
 
-from tinyvllm.metalsim.compiler import compiler, complaints
-from tinyvllm.metalsim.source import POSITIONS, Signature, rewritten, signatures, strip_comments
+from tinyvllm.device import short_hash, stamp, writable_dir, write_atomically
+from tinyvllm.metalsim import lint_kernels, lint_types, lint_words
+from tinyvllm.metalsim.compiler import compiler
+from tinyvllm.metalsim.lint_kernels import MAX_BUFFERS
+from tinyvllm.metalsim.opencl import HEADER, LINE_DIRECTIVE, Complaints, OpenCLMissing, Unit, read
+from tinyvllm.metalsim.source import strip_comments
 
-MAX_BUFFERS = 31
-FORBIDDEN = [
-    (r'\bdouble\b', 'double is not in MSL'),
-    (r'\blong\s+double\b', 'long double is not in MSL'),
-    (r'\bgoto\b', 'goto is not in MSL'),
-    (r'\bnew\b|\bdelete\b', 'new/delete are not in MSL'),
-    (r'\bthrow\b|\btry\b|\bcatch\b', 'exceptions are not in MSL'),
-    (r'\bvirtual\b|\bdynamic_cast\b|\btypeid\b', 'virtual/RTTI are not in MSL'),
-    (r'\bstd::', 'std:: is not in MSL'),
-    (r'\bthread_local\b', 'thread_local is not in MSL'),
-    (r'#include\s*<(?!metal_)', 'only <metal_*> headers exist'),
-    (r'\[[&=]?\]\s*\(', 'no lambdas before Metal 3.2'),
-    (r'\bsigned_char\d', 'no such vector type (tinygrad int8 vectors)')]
-BUILTIN_TYPE = (r'(?:void|float|half|bfloat|int|uint|char|uchar|short|ushort|long|ulong|bool'
-                r'|u?int(?:8|16|32|64)_t)[234]?')
-POINTER = re.compile(rf'(?<![\w:<])((?:\b(?:const|volatile)\s+)*)\b{BUILTIN_TYPE}\s*(?:const\s*)?[*&]+\s*'
-                     r'(?:const\s+|restrict\s+)*[A-Za-z_]\w*\s*(?=[=;,)\[])')
-CONSTANT = re.compile(r'^[ \t]*(?:static\s+)?(?:constexpr|const)\s[^(;{]*[;={]', re.M)
-ADDRESS_SPACE = re.compile(r'\b(device|constant|threadgroup|thread)\b')
+__all__ = ['MAX_BUFFERS', 'RULES', 'complaints', 'lint', 'threadgroup_sizes']
+
+RULES = (lint_words.forbidden, lint_words.refused, lint_types.pointers, lint_types.deduced, lint_types.methods,
+         lint_types.halves, lint_types.derived, lint_kernels.names, lint_kernels.parameters, lint_kernels.positions,
+         lint_kernels.buffers, lint_kernels.calls, lint_kernels.threadgroup_variables)
 
 
 def lint(
     source: str, # Metal
     name: str = 'kernel.metal', # of the source, for messages
 ) -> list[str]: # complaints, each with its line; empty if there are none
-    "List what Metal's compiler would refuse."
-    text = strip_comments(source)
-    found = [f'{name}:{text.count(chr(10), 0, at) + 1}: {why}'
-             for look in (forbidden, constants, pointers) for at, why in look(text)]
-    found += [f'{name}: kernel {k.name}: {why}' for k in signatures(source) for why in parameters(k)]
-    return found + address_spaces(source, name)
+    "List what Metal's compiler would refuse. The answer is kept in the cache folder."
+    path = writable_dir() / 'metalsim' / f'lint-{short_hash(repr((source, version())))}.json'
+    if path.exists():
+        found = json.loads(path.read_text())
+    else:
+        found = list(complaints(source))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(found))
+    return [f'{place(source, line, name)}: {why}' for line, why in found]
 
 
-def forbidden(text: str) -> Iterator[tuple[int, str]]:
-    "Find words that the language lacks."
-    for pattern, why in FORBIDDEN:
-        for m in re.finditer(pattern, text):
-            yield m.start(), why
+def complaints(source: str) -> Complaints:
+    "Look at a source with every rule: line and complaint, each once, in the order of lines."
+    try:
+        unit = read(source)
+    except OpenCLMissing as error:
+        warn_once(str(error))
+        unit = Unit(strip_comments(source), [], [], [])
+    yield from sorted({complaint for rule in RULES for complaint in rule(unit)})
 
 
-def constants(text: str) -> Iterator[tuple[int, str]]:
-    "Find variables outside of functions that are not `constant`."
-    depth, outside = 0, []
-    for c in text:
-        depth += (c == '{') - (c == '}')
-        outside.append(c if depth == 0 or c == '\n' else ' ')
-    for m in CONSTANT.finditer(''.join(outside)):
-        if not re.search(r'\bconstant\b', m.group(0)):
-            yield m.start(), 'program-scope variable must be `constant`'
+def threadgroup_sizes(
+    source: str, # Metal
+) -> dict[str, int]: # kernel -> bytes
+    "Add up the threadgroup variables of each kernel; a pipeline is refused above `MAX_THREADGROUP_BYTES`."
+    return {kernel.name: lint_kernels.threadgroup_bytes(kernel) for kernel, _ in lint_kernels.kernels(read(source))}
 
 
-def pointers(text: str) -> Iterator[tuple[int, str]]:
-    "Find pointers and references to built-in types without an address space."
-    for m in POINTER.finditer(text):
-        before = re.split(r'[;{}(,]', text[:m.start()])[-1]
-        is_declaration = re.fullmatch(r'\s*(const|volatile|\s)*', before)
-        if is_declaration and not ADDRESS_SPACE.search(before + m.group(1)):
-            yield m.start(), f'pointer or reference without an address space: `{m.group(0).strip()}`'
+def place(
+    source: str, # Metal
+    line: int, # of it; 0 if unknown
+    name: str, # of the source
+) -> str: # such as `kernel.metal:3`
+    "Name a line as the last `#line` before it says."
+    before = source.split('\n')[:max(line - 1, 0)]
+    for i in reversed(range(len(before))):
+        found = LINE_DIRECTIVE.match(before[i])
+        if found:
+            return f'{found.group(2) or name}:{line - 2 - i + int(found.group(1))}'
+    return f'{name}:{line or "?"}'
 
 
-def parameters(kernel: Signature) -> Iterator[str]:
-    "Check a kernel's parameters: address spaces, indices, numbers of components."
-    sizes = {re.sub(r'\D', '', p.type.replace('const', '')) for p in kernel.parameters if p.builtin in POSITIONS}
-    if len(sizes) > 1:
-        yield 'grid position/size attributes must all have the same number of components'
-    for p in kernel.parameters:
-        if not p.builtin and not re.search(r'\b(device|constant|threadgroup)\b', p.type):
-            yield f"parameter '{p.name}' has no address space"
-    indices = [p.index for p in kernel.parameters if p.index is not None]
-    if len(indices) > MAX_BUFFERS:
-        yield f'{len(indices)} buffers ({MAX_BUFFERS} allowed)'
-    if len(set(indices)) < len(indices):
-        yield 'two parameters share a buffer index'
+@cache
+def warn_once(what: str) -> None:
+    "Say once in a process why the lint sees less."
+    warnings.warn(f'the lint looks at words only: {what}', stacklevel=4)
 
 
-def address_spaces(source: str, name: str) -> list[str]:
-    "Compile with each address space as a type of its own; return the errors and casts."
-    text = f'#include <metal_stdlib>\n#line 1 "{name}"\n{rewritten(source)}\n'
-    flags = [*compiler().flags, '-DMSL_LINT', '-O0', '-gline-tables-only', '-S', '-emit-llvm', '-o']
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, 'lint.ll')
-        done = compiler().run([*flags, str(path)], text)
-        if done.returncode:
-            return complaints(done.stderr, name)
-        code = path.read_text()
-    # An explicit cast is legal C++ but not Metal: it leaves an addrspacecast in the intermediate code.
-    lines = dict(re.findall(r'^(!\d+) = !DILocation\(line: (\d+)', code, re.M))
-    casts = re.finditer(r'addrspacecast[^\n]*?(?:!dbg (!\d+))?$', code, re.M)
-    return [f"{name}:{lines.get(m.group(1), '?')}: cast between address spaces" for m in casts]
+@cache
+def version() -> str:
+    "Return what an answer depends on besides the source: the rules, the header and the compiler."
+    here = Path(__file__).parent
+    others = [here / f'{name}.py' for name in ('opencl', 'source', 'syntax_tree')]
+    files = [*sorted(here.glob('lint*.py')), *others, HEADER]
+    return short_hash(''.join(path.read_text() for path in files) + stamp(compiler().command))
