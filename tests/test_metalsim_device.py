@@ -29,7 +29,7 @@ from tinyvllm.metalsim.command_buffers import M1_FLOPS, SHARE, to_ns_str, wait_c
 from tinyvllm.metalsim.device import MTLBuffer
 from tinyvllm.metalsim.pipelines import build_pipeline
 from tinyvllm.runner.graphs import Replay, capture
-from tinyvllm.runner.shared_memory import wait_for_command_buffer
+from tinyvllm.runner.shared_memory import allocate_shared, wait_for_command_buffer
 from tinyvllm.sampling.params import SamplingParams
 from tinyvllm.models.weights import tiny_checkpoint
 
@@ -361,6 +361,40 @@ def test_a_command_buffer_that_takes_too_long_is_stopped():
         with pytest.raises(RuntimeError, match='Caused GPU Timeout Error .00000002:kIOGPUCommandBufferCallbackError'):
             wait()
     assert (first.tolist(), second.tolist()) == ([1] * 64, [0] * 64)
+
+
+def test_kernels_may_run_as_late_as_they_are_waited_for(monkeypatch):
+    "What the host changes before it waits, they see changed: a GPU may be late."
+    device, (x, host), (y, seen) = Device['METAL'], allocate_shared(4, 'METAL'), allocate_shared(4, 'METAL')
+    move = Kernel('kernel void move(device int* y, device const int* x, uint i [[thread_position_in_grid]]) { y[i] = x[i]; }')
+    monkeypatch.setenv('METALSIM_DEFER', '1')
+    host[:] = 1
+    for _ in range(2):
+        move(y, x, threads=(4,)).realize()
+    early, late = device.mtl_buffers_in_flight[-2:]
+    host[:] = 2
+    assert seen.tolist() == [0] * 4 and device.mtl_queue == [early, late]
+    wait_check(early)
+    assert seen.tolist() == [2] * 4 and device.mtl_queue == [late]
+    host[:] = 3
+    device.synchronize()
+    assert seen.tolist() == [3] * 4 and device.mtl_queue == []
+    groups_once(grid=(9, 1, 1))[0].realize()
+    with pytest.raises(MetalError, match='out-of-bounds'):
+        device.synchronize()
+    device.synchronize()    # it is told once
+
+
+def test_an_engine_waits_for_what_it_reads(monkeypatch):
+    config, state = tiny_checkpoint(seed=0, num_hidden_layers=1)
+    found = []
+    for late in '01':
+        monkeypatch.setenv('METALSIM_DEFER', late)
+        llm = LLM(Llama(model_config(config), {name: t.to('METAL') for name, t in state.items()}), num_blocks=16)
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        outputs = llm.generate([[1, 2, 3], [4] * 20], params, use_tqdm=False)
+        found.append([out.outputs[0].token_ids for out in outputs])
+    assert found[0] == found[1]
 
 
 def test_an_external_pointer_is_a_buffer_object():

@@ -14,9 +14,10 @@ By reading tinygrad 0.14 (`ops_metal.py`, `graph/metal.py`, `support/objc.py`); 
 So a thread that has used METAL may not end before the process does. Here the first use after such an end
 raises `MetalError`, once for each thread; so does every use of a dead object.
 """
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tinyvllm.metalsim.compiler import MetalError
 
@@ -78,12 +79,18 @@ def to_ns_str(s: str) -> NSString:
 
 
 class MTLCommandBuffer(AutoreleasedObject):
-    "Commands that the GPU runs in one go. Here they have run when it is committed."
+    """Commands that the GPU runs in one go, after those of the command buffers before it.
+
+    They have run when it is committed. With $METALSIM_DEFER=1 they run when somebody waits, as late as
+    they may on a GPU: what the host changes meanwhile, they see changed.
+    """
 
     def __init__(self,
         label: NSString, # name of a kernel, or `batched n`
+        queue: list['MTLCommandBuffer'], # of its device: those that were committed and have not run
     ):
         super().__init__(label.text)
+        self.queue, self.commands = queue, []
         self.error, self.seconds, self.start, self.end = None, 0.0, 0.0, 0.0
 
     @property
@@ -93,22 +100,35 @@ class MTLCommandBuffer(AutoreleasedObject):
         return self.name
 
     def commit(self,
-        commands: list[tuple[Callable, float]], # what runs each, and its simulated seconds
+        commands: Iterable[tuple[Callable, float]], # what runs each, and its simulated seconds
     ) -> None:
+        "Put the commands into the queue."
+        self.commands = list(commands)
+        self.queue.append(self)
+        if os.environ.get('METALSIM_DEFER', '0') == '0':
+            self.wait_until_completed()
+
+    def wait_until_completed(self) -> None:
+        "Run what is in the queue, up to these commands."
+        while self in self.queue:
+            self.queue.pop(0).run()
+
+    def run(self) -> None:
         "Run the commands; those that begin after the GPU's timeout do not run any more."
         self.start = time.perf_counter()
-        for run, seconds in commands:
+        for run, seconds in self.commands:
             self.seconds += seconds
             if self.seconds > GPU_TIMEOUT:
                 self.error = TIMEOUT_ERROR
                 break
             run()
-        self.end = time.perf_counter()
+        self.commands, self.end = [], time.perf_counter()
 
 
 def wait_check(cbuf: MTLCommandBuffer) -> None:
     "Wait until a command buffer has ended. Raises its error as tinygrad does, a `RuntimeError`."
     cbuf.check_alive()
+    cbuf.wait_until_completed()
     if cbuf.error:
         raise RuntimeError(cbuf.error)
 
