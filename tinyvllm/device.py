@@ -116,9 +116,10 @@ def probe_metal() -> MetalGPU | None:
         ctypes.CDLL('/System/Library/Frameworks/CoreGraphics.framework/CoreGraphics')
         create = ctypes.CDLL('/System/Library/Frameworks/Metal.framework/Metal').MTLCreateSystemDefaultDevice
         create.restype = objc.sel_registerName.restype = ctypes.c_void_p
-        if not (device := create()):
-            return None
+        device = create()
     except (OSError, AttributeError):
+        return None
+    if not device:
         return None
 
     def send(receiver, selector: bytes, result, *arguments):

@@ -110,7 +110,7 @@ def best_model(
     del state    # else layers that are taken over stay in memory
     return FusedLlama(packed)
 
-# %% ../../nbs/10d_defaults.ipynb #111e7d14
+# %% ../../nbs/10d_defaults.ipynb #d075cd0c
 def check_runner(runner: JitRunner) -> None:
     "Compile the kernels of a step around its model. Raises `BadInput`."
     rows, everything = 1, (64, ())    # constraints with up to 64 edits
@@ -119,7 +119,8 @@ def check_runner(runner: JitRunner) -> None:
     graph = StepGraph(runner, (1, rows, 16, 256, True, everything), 1)
     runner.model = lambda *step: logits
     try:
-        with without_running(): graph.compute()
+        with without_running():
+            graph.compute()
     finally:
         runner.model = model
 
