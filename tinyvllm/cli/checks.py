@@ -5,7 +5,7 @@ from functools import partial
 from importlib import import_module
 
 from tinyvllm.cli.cases import far, products, sampling, steps
-from tinyvllm.cli.cases.far import FarAttentionCases, FarEmbedCases, FarProductCases
+from tinyvllm.cli.cases.far import FarAttentionCases, FarEmbedCases, FarProductCases, FarWriteCases
 from tinyvllm.cli.cases.products import FORMAT_NAMES, ProductCases, RowCases, SwigluCases
 from tinyvllm.errors import BadInput
 from tinyvllm.kernels import cases as operations
@@ -102,14 +102,15 @@ LONG_CHECKS = (
       for name in ('f16', 'int4-g32', 'q6_k')),
 )
 FAR_CHECKS = (
-    *(Check(kernel, FarAttentionCases(), GPUS, **ONCE) for kernel in ('simd.decode_simple', 'softmax.decode')),
+    *(Check(kernel, FarAttentionCases(elements=elements), GPUS, **ONCE) for elements in (far.FAR, far.FARTHER)
+      for kernel in ('simd.decode_simple', 'softmax.decode')),
     Check('softmax.decode_split', FarAttentionCases(), GPUS, part=32, **ONCE),
     Check('flash.flash', FarAttentionCases(True), GPUS, 'flash.FLASH_TILED', **ONCE),
     Check('flash.flash', FarAttentionCases(True), ('METAL',), 'flash.FLASH_MATRIX', **ONCE),
     Check('flash.flash', FarAttentionCases(True), ('CUDA',), 'flash_cuda.FLASH_CUDA', **ONCE),
     Check('cpu.attend', FarAttentionCases(), ('CPU',), **ONCE),
-    Check('simd.kv_write', far.FAR_WRITE, GPUS, **ONCE),
-    Check('cpu.kv_write', far.FAR_WRITE, ('CPU',), **ONCE),
+    *(Check('simd.kv_write', FarWriteCases(elements), GPUS, **ONCE) for elements in (far.FAR, far.FARTHER)),
+    Check('cpu.kv_write', FarWriteCases(), ('CPU',), **ONCE),
     Check('models.fused.rope_write', far.FAR_ROPE, ALL, **ONCE),
     *(Check('linear_gpu.gpu_embed', FarEmbedCases(name), GPUS, **ONCE) for name in ('f16', 'int4-g32', 'q6_k')),
     *(Check('rows_cpu.cpu_embed', FarEmbedCases(name), ('CPU',), **SINGLE_ONCE)

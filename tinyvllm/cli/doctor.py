@@ -26,8 +26,9 @@ from tinyvllm.kernels.sparse import SparseArray, read_part
 from tinyvllm.measure import _output, commit, machine_name, timed
 from tinyvllm.metalsim import capturing, launching, lint
 
-__all__ = ['CHECKS', 'TOLERANCE', 'Check', 'GuardDamage', 'GuardedAllocator', 'Row', 'checks_for', 'diagnose', 'format_table',
-           'guard_allocator', 'heading', 'is_simulated', 'run_case', 'run_check', 'run_coverage', 'run_lint']
+__all__ = ['CHECKS', 'TOLERANCE', 'Check', 'GuardDamage', 'GuardedAllocator', 'Row', 'checks_for', 'diagnose',
+           'format_table', 'guard_allocator', 'heading', 'is_simulated', 'run_case', 'run_check', 'run_coverage',
+           'run_lint']
 
 
 def is_simulated(device: str) -> bool:

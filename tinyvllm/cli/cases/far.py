@@ -18,17 +18,27 @@ from tinyvllm.kernels.sampler import pack_sampling_params
 from tinyvllm.kernels.sparse import SparseArray
 from tinyvllm.sampling.params import SamplingParams
 
-__all__ = ['FAR_NORM', 'FAR_ROPE', 'FAR_ROWS', 'FAR_SAMPLE', 'FAR_TOP_TOKENS', 'FAR_PENALTIES', 'FAR_CONSTRAINTS',
-           'FAR_WRITE', 'FarAttentionCases', 'FarEmbedCases', 'FarProductCases']
+__all__ = ['FAR', 'FARTHER', 'FAR_CONSTRAINTS', 'FAR_NORM', 'FAR_PENALTIES', 'FAR_ROPE', 'FAR_ROWS', 'FAR_SAMPLE',
+           'FAR_TOP_TOKENS', 'FarAttentionCases', 'FarEmbedCases', 'FarProductCases', 'FarWriteCases']
 
 WRAPS = 2**31, 2**32          # where indices of 32 bits, with a sign or without, begin again
-ELEMENTS = 2**33              # of a pool: an index that counts vectors of four is beyond 2**31, too
-COLUMNS, VOCABULARY = 4096, 2**15
+FAR, FARTHER = 2**32, 2**34    # elements of a pool; in the larger one an index that counts vectors of four ends, too
+COLUMNS, VOCABULARY = 4096, 2**16
 
 
 class FarCases:
-    "What all of these have in common: one case, and no times."
-    variant, shapes = 'far', 1
+    "What all of these have in common: one case."
+    shapes, elements = 1, FAR
+
+    @property
+    def variant(self) -> str:
+        "How far."
+        return 'far' if self.elements == FAR else 'farther'
+
+
+def far_rows(elements: int, size: int) -> np.ndarray:
+    "Which rows of so many elements lie behind 2**31, 2**32, ..., up to the size of the array."
+    return np.array([2**n // size + n - 30 for n in range(31, 64) if 2**n <= elements], np.int32)
 
 
 def scatter(shape: tuple[int, ...], dtype: str, rows: dict[int, np.ndarray]) -> SparseArray:
@@ -39,37 +49,32 @@ def scatter(shape: tuple[int, ...], dtype: str, rows: dict[int, np.ndarray]) -> 
 
 @dataclass(frozen=True)
 class FarAttentionCases(FarCases):
-    "`launch(q, k, v, tables, owners, positions)`, and `starts`: blocks at 0, behind 2**31 and 2**32, and at the end."
+    "`launch(q, k, v, tables, owners, positions)`, and `starts`: the first block, and blocks behind 2**31, 2**32, ..."
     has_starts: bool = False
+    elements: int = FAR
 
     def make_case(self, rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
-        "Draw a context of four blocks, the last one not full, and its last tokens."
+        "Draw a context whose last block is not full, and its last tokens."
         S, K, D, H, T = 16, 2, 64, 4, 3 if self.has_starts else 1
         size = S * K * D
-        blocks = np.array([ELEMENTS // size + 3, WRAPS[0] // size + 1, 1, WRAPS[1] // size + 2], np.int32)
-        L = 3 * S + 5
-        keys, values = random_normal(rng, dtype, 2, 4, S, K, D)
-        keys[3, 5:] = values[3, 5:] = np.nan
-        pools = [scatter((ELEMENTS // size + 4, S, K, D), dtype, dict(zip(blocks, x))) for x in (keys, values)]
+        blocks = np.insert(far_rows(self.elements, size), 1, 1)
+        L = len(blocks) * S - 11
+        keys, values = random_normal(rng, dtype, 2, len(blocks), S, K, D)
+        keys[-1, 5:] = values[-1, 5:] = np.nan
+        pools = [scatter((self.elements // size + 9, S, K, D), dtype, dict(zip(blocks, x))) for x in (keys, values)]
         rest = dict(owners=np.zeros(T, np.int32), positions=np.arange(L - T, L, dtype=np.int32))
         if self.has_starts:
             rest['starts'] = np.array([0, T], np.int32)
         q = random_normal(rng, dtype, T, H, D)
-        want = reference_attention(q, keys, values, np.arange(4)[None], **rest)
+        want = reference_attention(q, keys, values, np.arange(len(blocks))[None], **rest)
         return Case(dict(q=q, k=pools[0], v=pools[1], tables=blocks[None]) | rest, (want,))
 
 
-def far_slots(size: int) -> np.ndarray:
-    "Slots of so many elements behind 2**31, behind 2**32 and at the end of a pool."
-    return np.array([*(wrap // size + 2 + i for i, wrap in enumerate(WRAPS)), ELEMENTS // size + 1], np.int32)
-
-
-def far_pools(slots: np.ndarray, K: int, D: int, dtype: str) -> tuple[list[SparseArray], np.ndarray]:
-    "Return pools of keys and values, with NaN where indices of 32 bits would end, and those slots."
-    wrapped = np.unique([int(slot) * K * D % wrap // (K * D) for slot in slots for wrap in WRAPS])
-    wrapped = np.setdiff1d(wrapped, slots)
-    empty = {slot: np.full((K, D), np.nan, dtype) for slot in wrapped}
-    return [scatter((ELEMENTS // (K * D) + 3, K, D), dtype, empty) for _ in 'kv'], wrapped
+def far_pools(slots: np.ndarray, elements: int, K: int, D: int, dtype: str) -> list[SparseArray]:
+    "Return pools of keys and values, with NaN where indices of 32 bits would end."
+    ends = {int(slot) * K * D % (wrap * unit) // (K * D) for slot in slots for wrap in WRAPS for unit in (1, 4)}
+    empty = {slot: np.full((K, D), np.nan, dtype) for slot in sorted(ends - set(slots.tolist()))}
+    return [scatter((elements // (K * D) + 9, K, D), dtype, empty) for _ in 'kv']
 
 
 def after_write(pool: SparseArray, slots: np.ndarray, rows: np.ndarray) -> SparseArray:
@@ -78,15 +83,16 @@ def after_write(pool: SparseArray, slots: np.ndarray, rows: np.ndarray) -> Spars
     return SparseArray(pool.shape, 'float64', pool.parts | written.parts)
 
 
+@dataclass(frozen=True)
 class FarWriteCases(FarCases):
     "`launch(k_pool, v_pool, k, v, slots)`: keys and values go beyond 2**31 elements, and to no other place."
+    elements: int = FAR
 
-    @staticmethod
-    def make_case(rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
-        "Draw three tokens."
+    def make_case(self, rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
+        "Draw a few tokens."
         K, D = 2, 64
-        slots, new = far_slots(K * D), random_normal(rng, dtype, 2, 3, K, D)
-        pools, _ = far_pools(slots, K, D, dtype)
+        slots = far_rows(self.elements, K * D)
+        new, pools = random_normal(rng, dtype, 2, len(slots), K, D), far_pools(slots, self.elements, K, D, dtype)
         inputs = dict(k_pool=pools[0], v_pool=pools[1], k=new[0], v=new[1], slots=slots)
         return Case(inputs, tuple(after_write(pool, slots, rows) for pool, rows in zip(pools, new)))
 
@@ -96,14 +102,13 @@ class FarRopeCases(FarCases):
 
     @staticmethod
     def make_case(rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
-        "Draw three tokens."
+        "Draw two tokens."
         H, K, D = 3, 2, 64
-        slots, angles = far_slots(K * D), rng.uniform(0, 9, (3, 1, D // 2))
-        qkv = random_normal(rng, dtype, 3, (H + 2 * K) * D)
-        pools, _ = far_pools(slots, K, D, dtype)
+        slots, angles = far_rows(FAR, K * D), rng.uniform(0, 9, (2, 1, D // 2))
+        qkv, pools = random_normal(rng, dtype, 2, (H + 2 * K) * D), far_pools(slots, FAR, K, D, dtype)
         near = dict(qkv=qkv, cosines=np.cos(angles).astype(np.float32), sines=np.sin(angles).astype(np.float32))
-        empty = np.zeros((4, K, D))
-        q, *rows = rotated_and_written(k_pool=empty, v_pool=empty, slots=np.arange(1, 4), **near)
+        empty = np.zeros((3, K, D))
+        q, *rows = rotated_and_written(k_pool=empty, v_pool=empty, slots=np.arange(1, 3), **near)
         inputs = dict(qkv=near.pop('qkv'), k_pool=pools[0], v_pool=pools[1]) | near | dict(slots=slots)
         written = (after_write(pool, slots, new[1:]) for pool, new in zip(pools, rows))
         return Case(inputs, (q, *written), call=RopeCases.call)
@@ -259,9 +264,11 @@ class FarSampleCases(FarCases):
 
     @staticmethod
     def make_case(rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
-        "Draw a row; the random number points at the third of five tokens."
-        logits, row, R = far_logits(rng)
-        kept = np.sort(np.argsort(-row)[:5])
+        "Draw five likely tokens; all others have weights that a sum in half rounds down. The third one is drawn."
+        row, R = np.full(VOCABULARY, np.log(0.5306), np.float32), WRAPS[0] // VOCABULARY + 2
+        kept = np.sort(rng.permutation(VOCABULARY)[:5])
+        row[kept] = rng.uniform(-0.1, 0, 5)
+        logits = scatter((R, VOCABULARY), 'float32', {R - 1: row})
         p = np.exp(row[kept].astype(np.float64) - row.max())
         settings = np.tile(np.float32(pack_sampling_params(SamplingParams(top_k=5, seed=0))), (R, 1))
         settings[:, 4] = (p[:2].sum() + p[2] / 2) / p.sum()
@@ -270,6 +277,6 @@ class FarSampleCases(FarCases):
         return Case(dict(logits=logits, settings=settings), want, simulation=dict(origin=(R - 1, 0, 0)))
 
 
-FAR_WRITE, FAR_ROPE, FAR_ROWS, FAR_NORM = FarWriteCases(), FarRopeCases(), FarRowCases(), FarNormCases()
+FAR_ROPE, FAR_ROWS, FAR_NORM = FarRopeCases(), FarRowCases(), FarNormCases()
 FAR_TOP_TOKENS, FAR_PENALTIES, FAR_CONSTRAINTS = FarTopTokenCases(), FarPenaltyCases(), FarConstraintCases()
 FAR_SAMPLE = FarSampleCases()

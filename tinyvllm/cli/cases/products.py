@@ -171,8 +171,8 @@ class ProductCases:
 
     @property
     def shapes(self) -> int:
-        "As many as there are kinds of extras; long sums come with a norm and without."
-        return 2 if self.columns else len(EXTRAS)
+        "As many as there are sizes, and more than there are kinds of extras; long sums come with a norm and without."
+        return 2 if self.columns else len(COLUMNS)
 
     @property
     def variant(self) -> str:
@@ -270,7 +270,7 @@ class RowCases:
         parts, w = random_parts(rng, name, N, K)
         inputs = {f'part {i}': part for i, part in enumerate(parts)}
         if not self.picked: return Case(inputs, (w,), call=partial(self.call, name, K, dtype))
-        tokens = np.append([N - 1, 0, -3, N, 2**31 - 1], rng.integers(0, N, 1 + n)).astype(np.int32)
+        tokens = np.append([N - 1, 0, -3, N, N + 2], rng.integers(0, N, 1 + n)).astype(np.int32)
         rows = w[tokens.clip(0, N - 1)]
         if self.unknown == 'zeros':
             rows[2:5] = 0

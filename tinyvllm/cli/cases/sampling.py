@@ -161,7 +161,7 @@ def choose_token(
     row: np.ndarray, # (V,) logits after penalties and masks
     params: SamplingParams, # the penalties aside
 ) -> tuple[int, float, float]: # token id, top-p, uniform number
-    "Choose a number that draws a likely token, from its middle; a top-p that would cut between two of them is lifted."
+    "Choose a number that draws a likely token, near one of its edges; a top-p that cuts between two is lifted."
     wide, top_p = row.astype(np.float64), params.top_p
     cut = replace(params, repetition_penalty=1, presence_penalty=0, frequency_penalty=0)
     line = np.cumsum(np.sort(softmax(process_logits(wide, replace(cut, top_p=1.0), set(), {})))[::-1])
@@ -170,8 +170,8 @@ def choose_token(
     final = process_logits(wide, replace(cut, top_p=top_p), set(), {})
     if params.greedy: return int(final.argmax()), top_p, 0.5
     p = softmax(final)
-    token = int(rng.choice(np.flatnonzero(p >= min(2e-5, p.max()))))
-    return token, top_p, np.cumsum(p)[token] - p[token] / 2
+    token = int(rng.choice(np.flatnonzero(p >= min(1e-4, p.max()))))
+    return token, top_p, np.cumsum(p)[token] - p[token] * rng.choice([0.1, 0.9])
 
 
 class SampleCases:
@@ -188,7 +188,7 @@ class SampleCases:
         ids = np.zeros(rows, int)
         for row, p in enumerate(params):
             ids[row], settings[row, 2], settings[row, 4] = choose_token(rng, logits[row], p)
-        raw[0, rng.integers(size)] = logits[0, rng.integers(size)] = rng.choice([np.nan, np.inf])
+        (raw, logits)[n % 2][0, rng.integers(size)] = rng.choice([np.nan, np.inf])
         ids[0], ids[1] = -1, rng.integers(size)
         raw[1, ids[1]], settings[1, 3] = 0.25, -1 - ids[1]
         with np.errstate(invalid='ignore'):
