@@ -159,7 +159,6 @@ def test_a_reader_that_leaves_is_counted_once(model):
     assert counts.events == ['arrived', ['abort'], 'arrived', ['length']] and all_free(llm)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_fault_on_the_thread_reaches_its_readers(model):
     llm = LLM(model, num_blocks=64)
 

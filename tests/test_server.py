@@ -370,7 +370,6 @@ def test_a_poisoned_request_fails_alone(server, engine, caplog):
     eventually(lambda: idle(server, engine))
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
 def test_a_dead_engine_ends_the_server(folder):
     engine = LLM(folder, num_blocks=16).engine
     with pytest.raises(RuntimeError, match='died'), serve_in_background(engine) as server:

@@ -161,7 +161,7 @@ def reject_calls(
             return
         complete_future(future, refuse)
 
-# %% ../../nbs/04f_async.ipynb #353b3c68
+# %% ../../nbs/04f_async.ipynb #21ad2baf
 class EngineThread:
     "Owns a core, on a device thread: runs the calls that come in between two steps, and steps on."
     def __init__(self,
@@ -190,9 +190,10 @@ class EngineThread:
         try:
             self.call(None).result(seconds)
         except TimeoutError:
-            error = DeviceError(f'the step that is running has not ended for {seconds:g} s')
-            self.dispatcher.fail(error)
-            raise error from None
+            self.error = DeviceError(f'the step that runs has not ended within {seconds:g} s')
+            self.dispatcher.fail(self.error)
+            reject_calls(self.calls)
+            raise self.error from None
         except RuntimeError:
             pass    # it had stopped before
 
@@ -206,7 +207,7 @@ class EngineThread:
             reject_calls(self.calls)
 
     def _step_until_stopped(self) -> None:
-        while True:
+        while self.error is None:
             while not self.calls.empty() or not self.core.has_work:
                 future, fn, args = self.calls.get()
                 if fn is None:
