@@ -39,7 +39,7 @@ from tinygrad import Device, Tensor, dtypes
 __all__ = ['ATTENDS', 'LONG_TABLE', 'KV_WRITES', 'check_attend', 'best_attend', 'best_cache', 'best_model', 'check_runner',
            'best_runner', 'best_scheduler', 'make_engine', 'load_engine']
 
-# %% ../../nbs/10d_defaults.ipynb #8c59f6f3
+# %% ../../nbs/10d_defaults.ipynb #5c306d46
 ATTENDS = {'CPU': cpu_attend, 'METAL': flash_attend, 'CUDA': cuda_attend}
 LONG_TABLE = 256    # blocks: a context that is read in parts
 
@@ -52,7 +52,7 @@ def check_attend(
     def empty(*shape, dtype=dtypes.int32):
         return Tensor.empty(*shape, dtype=dtype, device=like.device)
     pool = empty(2, 16, c.num_key_value_heads, c.head_dim, dtype=like.dtype)
-    for T, blocks in ((1, 1), (1, LONG_TABLE), (16, LONG_TABLE)):
+    for T, blocks in ((1, 1), (1, LONG_TABLE), (16, 1)):
         batch = PagedBatch(empty(T), empty(T), empty(1), 0, slots=empty(T),
                            tables=empty(1, blocks), owners=empty(T), starts=empty(2))
         attend(empty(T, c.num_attention_heads, c.head_dim, dtype=like.dtype), pool, pool, batch)
