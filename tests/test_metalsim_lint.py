@@ -147,3 +147,13 @@ def test_sources_are_captured_when_they_are_compiled_or_run():
     assert sources and dict(again) == dict(sources)
     assert all(name.startswith(('E_', 'r_')) and name in text for text, names in sources.items() for name in names)
     assert sources.kernels == [name for names in sources.values() for name in names]
+
+
+def test_no_source_of_an_engine_is_refused():
+    "Every source that its compiler sees, ours and tinygrad's, for all formats, samplers and constraints."
+    program = Path(__file__).parent / 'support/captured_sources.py'
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout)
+    assert seen['refused'] == {} and seen['sources'] > 200
+    ours = {name for name in seen['kernels'] if not name.startswith(('E_', 'r_'))}
+    assert ours >= {'publish', 'prepare', 'rms_norm', 'rope_write'}, ours
