@@ -221,6 +221,12 @@ def test_info_and_help_tell_what_there_is():
         assert 'examples:' in tinyvllm(command, '--help').stdout
 
 
+@pytest.mark.skipif(sys.platform == 'darwin', reason='METAL is simulated elsewhere')
+def test_info_names_the_family_of_a_metal_gpu():
+    run = tinyvllm('info', '--device', 'METAL')
+    assert '\ngpu family Apple' in run.stdout and 'simulated' in run.stdout
+
+
 def test_closed_pipe_is_no_error(folder):
     shell = f'"{sys.executable}" -m tinyvllm generate abc --model "{folder}" --max-tokens 40 | head -c 1; echo "${{PIPESTATUS[0]}}"'
     run = subprocess.run(['bash', '-c', shell], capture_output=True, text=True, timeout=300)

@@ -132,7 +132,7 @@ def info(args) -> None:
     "`tinyvllm info`: what a bug report should hold."
     from importlib.metadata import version
     from tinygrad import Device
-    from tinyvllm.device import cache_dir, compiler_name
+    from tinyvllm.device import cache_dir, compiler_name, probe_metal, why_no_metal
     from tinyvllm.cli.doctor import is_simulated
     from tinyvllm.measure import bandwidth, machine_name
     from tinyvllm.models.hub import models_found
@@ -143,6 +143,10 @@ def info(args) -> None:
     rows = [('tinyvllm', __version__), ('tinygrad', version('tinygrad')), ('python', platform.python_version()),
             ('device', f'{device} ({machine_name(device)})'), ('compiler', compiler_name()),
             ('bandwidth', speed), ('cache', str(cache_dir()))]
+    if device.startswith('METAL'):
+        rows.insert(4, ('gpu family', Device[device].arch))
+    elif sys.platform == 'darwin':
+        rows.insert(4, ('METAL', why_no_metal(probe_metal(), platform.mac_ver()[0]) or 'would run here: --device METAL'))
     rows += [('model', f'{name}  {size/1e6:.0f} MB  {path}') for name, path, size in models_found()]
     if rows[-1][0] != 'model':
         rows.append(('model', 'none yet; `tinyvllm pull` fetches the default one'))

@@ -23,7 +23,7 @@ from tinyvllm.cli.coverage import KINDS, ModelKind, record_engines
 from tinyvllm.cli.doctor import Check, checks_for, driver, is_simulated, run_check
 from tinyvllm.cli.measurements import (Load, Workload, count_step, decode, layer_kernels, measure_rung, open_model,
                                        stored_as)
-from tinyvllm.device import OLDEST_FAMILY, is_old_gpu
+from tinyvllm.device import probe_metal, why_no_metal
 from tinyvllm.engine.defaults import make_engine
 from tinyvllm.measure import _output, commit, gpu_read_bandwidth, machine_name, read_bandwidth, timed
 from tinyvllm.models.hub import DEFAULT_MODEL, resolve
@@ -32,7 +32,6 @@ from tinyvllm.models.llama import Llama, load_model
 __all__ = ['SECTIONS', 'TOLERANCE', 'Plan', 'Section', 'bandwidth_probes', 'counting_syncs', 'identity',
            'source_digest', 'unusual']
 
-OLDEST_MACOS = 13
 GOLDENS = files('tinyvllm') / 'data/smollm2_golden.json'   # greedy tokens by transformers, in float32
 TOLERANCE = {'float32': 1e-3, 'float16': 0.1}   # of log-probabilities
 # Of the ladder: rung, requests together, measured runs. The slow ones last, and once.
@@ -118,26 +117,31 @@ def machine_facts(device: str) -> dict:
     "Return processor, GPU, memory and power, and what is unusual about them. None where the system does not say."
     battery = psutil.sensors_battery() if hasattr(psutil, 'sensors_battery') else None
     gpu_cores = re.search(r'"gpu-core-count" = (\d+)', _output('ioreg', '-rc', 'AGXAccelerator', '-d1'))
-    is_metal = device.startswith('METAL')
+    macos, is_metal = platform.mac_ver()[0] or None, device.startswith('METAL')
+    gpu = probe_metal() if macos else None
     facts = dict(
         cores=os.cpu_count(), performance_cores=apple_setting('hw.perflevel0.physicalcpu'),
         efficiency_cores=apple_setting('hw.perflevel1.physicalcpu'),
         memory_gb=round(psutil.virtual_memory().total / 2**30, 1), busy_percent=psutil.cpu_percent(interval=0.5),
-        on_battery=None if battery is None else not battery.power_plugged, macos=platform.mac_ver()[0] or None,
-        virtual=apple_setting('kern.hv_vmm_present') == 1 if sys.platform == 'darwin' else None,
-        gpu_cores=int(gpu_cores[1]) if gpu_cores else None, gpu_family=Device[device].arch if is_metal else None,
+        on_battery=None if battery is None else not battery.power_plugged,
+        macos=macos, virtual=apple_setting('kern.hv_vmm_present') == 1 if macos else None,
+        gpu=gpu and gpu.name, gpu_cores=int(gpu_cores[1]) if gpu_cores else None,
+        gpu_family=Device[device].arch if is_metal else None,
         gpu_graph=Device[device].graph is not None if is_metal else None)
-    return facts | dict(notes=list(unusual(facts)))
+    return facts | dict(notes=list(unusual(facts, why_no_metal(gpu, macos) if macos else None)))
 
 
-def unusual(facts: dict) -> Iterator[str]:
+def unusual(
+    facts: dict, # of `machine_facts`
+    no_metal: str | None, # why METAL is not for this Mac
+) -> Iterator[str]:
     "Yield a sentence for each fact that the kernels or the times may suffer from."
-    if facts['macos'] and int(facts['macos'].split('.')[0]) < OLDEST_MACOS:
-        yield f'macOS {facts["macos"]}: tinyvllm runs on METAL from {OLDEST_MACOS} on'
-    if facts['gpu_family'] and is_old_gpu(facts['gpu_family']):
-        yield f'GPU family {facts["gpu_family"]}: the kernels need Apple{OLDEST_FAMILY} (M1) or later'
-    if facts['virtual'] or facts['gpu_graph'] is False:
-        yield 'a virtual machine or GPU: its times are not those of a Mac'
+    if no_metal:
+        yield no_metal.partition(';')[0]
+    if facts['virtual']:
+        yield 'a virtual machine: its times are not those of a Mac'
+    if facts['gpu_graph'] is False:
+        yield 'the GPU replays no graphs: each kernel is launched by itself'
     if facts['on_battery']:
         yield 'on battery: times may be longer'
     if facts['busy_percent'] > 20:
