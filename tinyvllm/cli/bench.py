@@ -14,7 +14,8 @@ examples:
   tinyvllm bench decode --batch 1 8 --context 200  decoding alone, and what it costs
   tinyvllm bench prefill --context 512             reading a prompt
   tinyvllm bench serve-trace --scale 0.1           many requests, latencies by percentile
-`tinyvllm bench decode --help` and so on show the options of each."""
+`tinyvllm bench decode --help` and so on show the options of each.
+`tinyvllm doctor --report FILE` measures the ladder and more, and writes one file for an issue."""
 
 LADDER_EXAMPLES = """\
 examples:
@@ -65,7 +66,8 @@ def ladder_options(p: Parser) -> None:
     p.add_argument('--prompt-tokens', type=int, default=32, metavar='N', help='of each request; default 32')
     p.add_argument('--tokens', type=int, default=16, metavar='N', help='to generate for each; default 16')
     p.add_argument('--repeat', type=int, default=3, metavar='N', help='runs; the median counts; default 3')
-    p.add_argument('--ladder', metavar='FILE', help='default: nbs/ladder.jsonl in a checkout, else the cache')
+    p.add_argument('--ladder', metavar='FILE',
+                   help='rows are added to it; default: nbs/ladder.jsonl in a checkout, else ladder.jsonl in the cache folder')
     model_options(p)
 
 
@@ -99,7 +101,7 @@ def prefill_options(p: Parser) -> None:
 
 def trace_options(p: Parser) -> None:
     "What `bench serve-trace` takes."
-    p.add_argument('--requests', type=int, default=256, metavar='N', help='default 256')
+    p.add_argument('--requests', type=int, default=256, metavar='N', help='in the trace; default 256')
     p.add_argument('--context', type=int, default=1024, metavar='C', help='longest prompt; default 1024')
     p.add_argument('--tokens', type=int, default=1024, metavar='N', help='longest answer; default 1024')
     p.add_argument('--scale', type=float, default=1.0, metavar='S',

@@ -21,7 +21,9 @@ examples:
   tinyvllm chat                                    talk to it
   tinyvllm serve                                   let others talk to it: an OpenAI server
   tinyvllm info                                    what this machine has
-  tinyvllm bench                                   how fast it is, beside the stored results"""
+  tinyvllm bench                                   how fast it is, beside the stored results
+  tinyvllm doctor                                  is every kernel right here?
+  tinyvllm doctor --report mac.json                all of that in one file, to attach to an issue"""
 
 PULL_EXAMPLES = """\
 examples:
@@ -30,7 +32,7 @@ examples:
 
 DOCTOR_EXAMPLES = """\
 examples:
-  tinyvllm doctor                                  every kernel on this machine, in a minute
+  tinyvllm doctor                                  every kernel on this machine, in a minute or two
   tinyvllm doctor --cases 200                      as thoroughly as a release
   tinyvllm doctor --kernel softmax.decode          one of them; `softmax` is all of that module
   tinyvllm doctor --device METAL                   on Linux: simulated, with races and bounds checked
@@ -40,7 +42,8 @@ examples:
 A report holds facts of the machine, a test of the compiler, every kernel's check and timing, memory bandwidth, greedy
 tokens beside those of transformers, counts for each token, and rows of the ladder. It takes at most 10 minutes, and
 the download of the default model (93 MB) before. Interrupt it whenever you like: the same command goes on where it
-stopped. The file holds no user name, host name or folder, and nothing is sent: attach it to an issue yourself.
+stopped, and runs again what could not run. The file holds no user name, host name or folder, and nothing is sent:
+attach it to an issue yourself. https://tinyvllm.github.io/tinyvllm/mac.html explains each number.
 
 exit code: 0 if everything is right, 1 if something is not, 2 if there is no kernel for the device or a wrong option"""
 
@@ -66,19 +69,20 @@ def parser() -> Parser:
         (top.top, 'top', 'Watch a running server.', top.EXAMPLES, top.top_options),
         (None, 'bench', 'Measure: the ladder, decoding, prefill, a trace of requests.', bench.EXAMPLES,
          bench.bench_commands),
-        (doctor, 'doctor', 'Check every kernel on this device against float64.', DOCTOR_EXAMPLES, doctor_options),
+        (doctor, 'doctor', 'Check every kernel on this device against float64; with --report, measure everything too.',
+         DOCTOR_EXAMPLES, doctor_options),
         (info, 'info', 'Show device, compiler, bandwidth, cache and models.', INFO_EXAMPLES, device_option)])
     return root
 
 
 def pull_options(p: Parser) -> None:
     "What to fetch."
-    p.add_argument('name', nargs='?', default='smollm2', help='a known name, or org/name of the hub')
+    p.add_argument('name', nargs='?', default='smollm2', help='smollm2 (the default), or org/name of the Hub')
 
 
 def doctor_options(p: Parser) -> None:
     "Which kernels, how many cases."
-    p.add_argument('--cases', type=int, metavar='N', help=f'of each kernel and dtype; default {CASES}')
+    p.add_argument('--cases', type=int, metavar='N', help=f'random cases of each kernel and dtype; default {CASES}')
     p.add_argument('--kernel', metavar='NAME', help='this one only: module, module.function, or a name of the table')
     p.add_argument('--seed', type=int, metavar='N', help='same seed, same cases; default 0')
     p.add_argument('--json', action='store_true', help='print a list of objects instead of a table')
@@ -146,7 +150,8 @@ def info(args) -> None:
     if device.startswith('METAL'):
         rows.insert(4, ('gpu family', Device[device].arch))
     elif sys.platform == 'darwin':
-        rows.insert(4, ('METAL', why_no_metal(probe_metal(), platform.mac_ver()[0]) or 'would run here: --device METAL'))
+        reason = why_no_metal(probe_metal(), platform.mac_ver()[0])
+        rows.insert(4, ('METAL', reason or 'would run here: --device METAL'))
     rows += [('model', f'{name}  {size/1e6:.0f} MB  {path}') for name, path, size in models_found()]
     if rows[-1][0] != 'model':
         rows.append(('model', 'none yet; `tinyvllm pull` fetches the default one'))

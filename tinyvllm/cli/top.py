@@ -28,7 +28,7 @@ def top_options(p) -> None:
     "Which server, and how often."
     p.add_argument('url', nargs='?', default=URL, help=f'default {URL}')
     p.add_argument('--api-key-file', metavar='FILE', help='its first line is the key')
-    p.add_argument('--count', type=int, metavar='N', help='looks, one a second; default: until Ctrl-C')
+    p.add_argument('--count', type=int, metavar='N', help='how many looks, one a second; default: until Ctrl-C')
     p.add_argument('--json', action='store_true', help='print the snapshots of the server, a JSON object a line')
 
 
