@@ -68,7 +68,7 @@ inlined float4 four(thread const piece& p, int i) { return float4(as_type<char4>
 '''}
 AFFINE = dict.fromkeys(('f32', 'f16'), '(v)') | dict.fromkeys(('int8', 'q6_k'), '((v) * p.a)')
 
-# %% ../../nbs/08a_linear_gpu.ipynb #4f614b10
+# %% ../../nbs/08a_linear_gpu.ipynb #64cfcdb6
 NIBBLES = '''
 #define STEP 32
 struct piece { uint4 codes; float a, b; };
@@ -81,6 +81,12 @@ inlined piece piece_at(WEIGHTS, long row, int k) {
 inlined float4 four(thread const piece& p, int i) {
   const uint c = p.codes[i % 4] >> (i / 4 * 4);
   return float4(uint4(c, c >> 8, c >> 16, c >> 24) & 15u);
+}
+// Without shifts: a code where it stands in its word. What it is multiplied with is divided by its place.
+#define PLACES(i) (float4(1.0f, 0.00390625f, 1.52587890625e-5f, 5.9604644775390625e-8f) \\
+                   * ((i) < 4 ? 1.0f : 0.0625f))
+inlined float4 in_place(thread const piece& p, int i) {
+  return float4(uint4(p.codes[i % 4]) & (uint4(0xfu, 0xf00u, 0xf0000u, 0xf000000u) << (i / 4 * 4)));
 }
 '''
 SCALES = {'scale': '''p.a = float(scales[row * (K / GROUP) + k / GROUP]);
@@ -168,12 +174,19 @@ def fill_in(
         template = template.replace(word, text)
     return template
 
-# %% ../../nbs/08a_linear_gpu.ipynb #471badef
+# %% ../../nbs/08a_linear_gpu.ipynb #712807ab
 LANES = r'''
 #define value(x) float(x)
 inlined float silu(float x) { return x / (1.0f + exp(-x)); }
 READER AFTER_MACRO
 #define RESULTS (GATED ? ROWS / 2 : ROWS)
+#if defined(PLACES) && 4 * TOKENS < 3 * ROWS    // fewer products than shifts
+#define CODES(p, i) in_place(p, i)
+#define PLACED(b, i) ((b) * PLACES(i))
+#else
+#define CODES(p, i) four(p, i)
+#define PLACED(b, i) (b)
+#endif
 #define TOKEN(t) long(min(token + (t), TOTAL - 1))
 #if NORM
 #define TOKENS_AT(t, k) *(threadgroup const T4*)&scaled[t][k]
@@ -231,9 +244,10 @@ kernel void linear_lanes(PARAMETERS, uint2 group [[threadgroup_position_in_grid]
       unrolled for (int t = 0; t < TOKENS; t++) {
         b[t] = float4(TOKENS_AT(t, k + 4 * i));
         ones[t] += b[t].x + b[t].y + b[t].z + b[t].w;
+        b[t] = PLACED(b[t], i);
       }
       unrolled for (int r = 0; r < ROWS; r++) {
-        const float4 q = four(now[r], i);
+        const float4 q = CODES(now[r], i);
         unrolled for (int t = 0; t < TOKENS; t++) part[r][t] += dot(q, b[t]);
       }
     }

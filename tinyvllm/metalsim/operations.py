@@ -16,6 +16,8 @@ from tinyvllm.metalsim.source import rewritten
 FLAGS = ['-DMSL_LINT', '-O2', '-ffp-contract=on', '-fno-math-errno', '-fno-unroll-loops', '-fno-vectorize',
          '-fno-slp-vectorize', '-fno-discard-value-names', '-mllvm', '-inline-threshold=100000',
          '-S', '-emit-llvm', '-o']
+# The headers go through a vector's numbers in loops, which an instruction of a GPU does not.
+LIBRARY = '#define for _Pragma("unroll") for\n#include <metal_stdlib>\n#undef for\n#include <opaque.h>\n'
 # Names that opaque.h declares.
 OPAQUE = re.compile(r'\b(?:(fast)::|precise::|metal::)?(exp2?|rsqrt|threadgroup_barrier'
                     r'|simdgroup_(?:load|store|multiply_accumulate)'
@@ -61,7 +63,7 @@ def count_operations(
 def intermediate(source: str, name: str) -> str:
     "Compile to LLVM's intermediate code, with address spaces as on a GPU."
     text = OPAQUE.sub(lambda m: 'opaque::' + 'fast_' * bool(m.group(1)) + m.group(2), rewritten(source))
-    text = f'#include <metal_stdlib>\n#include <opaque.h>\n#line 1 "{name}"\n{text}\n'
+    text = f'{LIBRARY}#line 1 "{name}"\n{text}\n'
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'kernel.ll')
         done = compiler().run([*compiler().flags, *FLAGS, str(path)], text)
