@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from support.engines import greedy, model  # noqa: F401
+from tinyvllm.engine.args import count_token_ops
 from tinyvllm.engine.llm import LLM
 from tinyvllm.errors import BadInput
 from tinyvllm.kernels.metal import find_refusal
@@ -82,6 +84,18 @@ def test_what_the_driver_refuses_runs_in_portable_operations(kernel, runner, why
         assert answers(fused(on_metal)) == (portable, runner)
     find_refusal.cache_clear()
     assert [why in str(w.message) and f'kernel {kernel} cannot run on METAL' in str(w.message) for w in told] == [True] * bool(why)
+
+
+@simulated
+def test_the_graph_of_a_prompt_takes_no_more_than_the_rule_says(on_metal):
+    "Kernels say what they compute: the watchdog adds it up, and `limit_metal_step` bounds it."
+    llm, config = LLM(fused(on_metal), num_blocks=32), on_metal.config
+    llm.generate([[1] * 200], greedy(1), use_tqdm=False)
+    (step,) = [graph for (tokens, *_), graph in llm.engine.runner.graphs.items() if tokens == 256]
+    head = 2 * config.vocab_size * config.hidden_size    # of one row only
+    least = 256 * (count_token_ops(replace(config, max_position_embeddings=0)) - head)
+    most = 256 * count_token_ops(replace(config, max_position_embeddings=256))
+    assert least <= step.replay.graph.estimates.ops <= most
 
 
 OLD = """
