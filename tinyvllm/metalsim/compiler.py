@@ -11,13 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from tinyvllm.device import first_line, short_hash, stamp, writable_dir, zig_wrapper
 from tinyvllm.errors import BadInput
-from tinyvllm.metalsim.source import translation
+from tinyvllm.metalsim.translate import translation
 
 HERE = Path(__file__).parent
 OLDEST, NEWEST = 14, 30  # versions of clang that are looked for
@@ -97,13 +99,14 @@ def library(
     check: bool = True, # with a call to the runtime before every read and write
     flat: bool = False, # with entry points without fibers
     name: str = 'kernel.metal', # of the source, for messages
+    constants: Mapping[str, object] = MappingProxyType({}), # values of function constants, by name
 ) -> Path: # of a shared object
     "Compile a source, or find it in the cache; raises `MetalCompileError`."
     flags = [*compiler().flags, *SHARED, *(CHECKED if check else PLAIN)]
     if check and not compiler().is_zig:
         flags.append(WRAP)
     try:
-        return cached('kernel', flags, translation(source, name, flat))
+        return cached('kernel', flags, translation(source, name, flat, constants))
     except MetalCompileError as error:
         raise MetalCompileError('\n'.join(complaints(str(error), name))) from None
 

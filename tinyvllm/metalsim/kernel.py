@@ -3,10 +3,11 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from tinyvllm.metalsim import checks
 from tinyvllm.metalsim.compiler import MetalError, library, runtime
 from tinyvllm.metalsim.counts import Dispatch, Traffic, note
 from tinyvllm.metalsim.lines import line_of
-from tinyvllm.metalsim.source import Parameter, Signature, needs_fibers, signatures
+from tinyvllm.metalsim.source import Parameter, Signature, function_constants, signatures, strip_comments
+from tinyvllm.metalsim.translate import needs_fibers
 
 # numpy's names for the types that a `constant T&` may have.
 DTYPES = {'int': 'i4', 'int32_t': 'i4', 'uint': 'u4', 'uint32_t': 'u4', 'long': 'i8', 'int64_t': 'i8', 'ulong': 'u8',
@@ -71,16 +73,25 @@ class Library:
         source: str, # Metal
         check: bool = True, # look at every read and write, or run as fast as it goes
         name: str = 'kernel.metal', # of the source, for messages
+        constants: Mapping[int | str, object] = MappingProxyType({}), # function constants: index or name -> value
     ):
         self.source, self.check, self.name = source, check, name
+        text = strip_comments(source)
+        indices = function_constants(text)
+        values = {k: constants.get(k, constants.get(int(i) if i.isdigit() else i)) for k, i in indices.items()}
+        values = {k: value for k, value in values.items() if value is not None}
+        self.missing = [k for k in indices if k not in values and f'is_function_constant_defined({k})' not in text]
         self.flat = not check and not needs_fibers(source)
         runtime()  # kernels find its functions when they are loaded
-        self.path = library(source, check, self.flat, name)
+        self.path = library(source, check, self.flat, name, values)
         self.code = ctypes.CDLL(str(self.path))
-        self.signatures = {k.name: k for k in signatures(source)}
+        self.signatures = {k.name: k for k in signatures(source, values)}
         self.image = image_of(self.path)
 
     def __getitem__(self, name: str) -> 'Kernel':
+        if self.missing:
+            raise MetalError(f"{self.name}: function constants without a value: {', '.join(self.missing)}; tinygrad has "
+                             'no way to set them, `Library(source, constants={0: value})` has')
         if name not in self.signatures:
             raise MetalError(f"{self.name} has no kernel '{name}'; it has {', '.join(self.signatures) or 'none'}")
         return Kernel(self, self.signatures[name])
@@ -197,7 +208,7 @@ class Kernel:
     def entry(self) -> ctypes.c_void_p:
         "Return the address of the entry point that runs one thread, or all of them without fibers."
         kind = 'flat' if self.library.flat else 'entry'
-        return ctypes.cast(getattr(self.library.code, f'msl_{kind}_{self.name}'), ctypes.c_void_p)
+        return ctypes.cast(getattr(self.library.code, f'msl_{kind}_{self.signature.symbol}'), ctypes.c_void_p)
 
     def binding(self, index: int, address: int, size: int) -> Binding:
         "Describe a buffer for the runtime: its name, and whether the kernel may write to it."

@@ -361,7 +361,7 @@ static void check_published(const Access& a) {
     else self->wrote = now;
 }
 extern "C" void msl_fence(uint flags) { // orders what this thread has written, for whoever reads its next write
-    if (flags & MEM_DEVICE) current()->wrote = 0;
+    if (msl_cur && flags & MEM_DEVICE) current()->wrote = 0;
 }
 static void check_device(const Access& a, const Region& r, bool race) {
     if (a.write && !r.writable) bad(a.pc, "write to read-only buffer '%s'", r.name);
@@ -544,7 +544,7 @@ void __ubsan_handle_divrem_overflow_abort(void*, uintptr_t, uintptr_t) {
 static const char* kind_name(int kind) { // the order of the enum in msl.h
     static const char* names[] = {"?", "simd_sum", "simd_max", "simd_min", "simd_product", "simd_shuffle",
         "simd_broadcast", "simd_ballot/all/any", "simd_prefix", "simdgroup_barrier", "simdgroup mma", "simdgroup_load",
-        "simdgroup_store", "simd_and", "simd_or"};
+        "simdgroup_store", "simd_and", "simd_or", "simd_xor", "quad function"};
     return kind > 0 && kind < (int)(sizeof names / sizeof *names) ? names[kind] : "?";
 }
 static uint lanes_of(uint simd) { return simd + 1 < num_simds ? SIMD : num_threads - simd * SIMD; }

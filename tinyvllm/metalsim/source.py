@@ -1,6 +1,8 @@
-"From the text of Metal kernels to C++: their signatures, the few rewrites, the entry points."
+"What the text of Metal kernels says: their signatures, function constants, threadgroup variables."
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 # Attributes of kernel parameters, and the fields of `msl_thread` (msl.h) they stand for.
 POSITIONS = {'thread_position_in_grid': 'gid', 'threadgroup_position_in_grid': 'tg',
@@ -10,47 +12,39 @@ INDICES = {'thread_index_in_simdgroup': 'lane', 'simdgroup_index_in_threadgroup'
            'thread_index_in_threadgroup': 'index', 'simdgroups_per_threadgroup': 'nsimd',
            'dispatch_simdgroups_per_threadgroup': 'nsimd'}
 SIMD_WIDTH = 'threads_per_simdgroup'
+# Attributes that follow from these: what they are in C++.
+DERIVED = {SIMD_WIDTH: '32', 'thread_execution_width': '32', 'thread_index_in_quadgroup': 'msl_cur->index % 4',
+           'quadgroup_index_in_threadgroup': 'msl_cur->index / 4',
+           'quadgroups_per_threadgroup':
+               '(msl_cur->tgsz[0] * msl_cur->tgsz[1] * msl_cur->tgsz[2] + 3) / 4'}
+DERIVED['dispatch_quadgroups_per_threadgroup'] = DERIVED['quadgroups_per_threadgroup']
 COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"', re.DOTALL)
 KERNEL = re.compile(r'(?:\bkernel\b(?:\s*\]\])?|\[\[\s*kernel[^\]]*\]\])\s+(?:\[\[.*?\]\]\s*)*void\s+(\w+)\s*\(')
+NAMESPACE = re.compile(r'\bnamespace\s+([\w:]+)\s*\{')
+HOST_NAME = r'\[\[\s*host_name\s*\(\s*"([^"]*)"\s*\)\s*\]\]'
+INSTANCE = re.compile(rf'\btemplate\s*{HOST_NAME}\s*(?:kernel\b|\[\[[^\]]*\]\])?\s*'
+                      r'(?:void|decltype\s*\((?:[^()]|\([^()]*\))*\))\s*([\w:]+)\s*(?=<)')
+FUNCTION_CONSTANT = re.compile(r'\bconstant\s+(?:const\s+)?([A-Za-z_][\w:]*)\s+(\w+)\s*'
+                               r'\[\[\s*function_constant\s*\(\s*(\w+)\s*\)\s*\]\]\s*;')
 MAX_THREADS = re.compile(r'max_total_threads_per_threadgroup\s*\(\s*(\d+)\s*\)')
-# Whatever makes the threads of a kernel meet, or share memory.
-MEETING = re.compile(r'\b(simd_\w+|simdgroup_\w+|quad_\w+|threadgroup_barrier|make_filled_simdgroup_matrix)\s*[(<]'
-                     r'|\bthreadgroup\b\s+[A-Za-z_]|simdgroup_\w+8x8|simdgroup_matrix')
 ATTRIBUTE = re.compile(r'\[\[\s*(?!unlikely|likely|fallthrough|maybe_unused)[a-z_]+\s*'
                        r'(?:\([^\]]*\))?\s*(?:,[^\]]*)?\]\]')
 THREADGROUP = re.compile(r'(?:\balignas\s*\((?:[^()]|\([^()]*\))*\)\s*)*\bthreadgroup\b(?!_)')
 ALIGNMENT = re.compile(r'__attribute__\s*\(\((?:[^()]|\([^()]*\))*\)\)|\balignas\s*\((?:[^()]|\([^()]*\))*\)')
 VARIABLE = re.compile(r'\s*(?:const\s+)?(.*?)([A-Za-z_]\w*)\s*((?:\[[^\]]*\]\s*)*)\s*$', re.DOTALL)
-FLAT = '''extern "C" void msl_flat_{name}(void* const* b, const uint* n, const uint* t, const uint* o) {{
-  msl_thread c;
-  c.nsimd = (t[0] * t[1] * t[2] + 31) / 32;
-  c.active = ~0u;
-  for (int k = 0; k < 3; k++) {{ c.tgsz[k] = t[k]; c.ntg[k] = n[k]; c.gsz[k] = n[k] * t[k]; }}
-  for (uint z = o[2]; z < n[2]; z++) for (uint y = o[1]; y < n[1]; y++) for (uint x = o[0]; x < n[0]; x++) {{
-    c.tg[0] = x; c.tg[1] = y; c.tg[2] = z; c.index = 0;
-    for (uint lz = 0; lz < t[2]; lz++) for (uint ly = 0; ly < t[1]; ly++)
-      for (uint lx = 0; lx < t[0]; lx++, c.index++) {{
-        c.lid[0] = lx; c.lid[1] = ly; c.lid[2] = lz;
-        c.lane = c.index % 32; c.simd = c.index / 32;
-        c.gid[0] = x * t[0] + lx; c.gid[1] = y * t[1] + ly; c.gid[2] = z * t[2] + lz;
-        {call};
-      }}
-  }}
-}}'''
-
-
 class Parameter:
     "One parameter of a kernel: its type, its name, what is bound to it."
 
     def __init__(self,
         text: str, # such as `device float* o [[buffer(0)]]`
     ):
-        found = re.finditer(r'\[\[\s*(\w+)\s*(?:\(\s*(\w+)\s*\))?\s*\]\]', text)
-        self.attributes = {m.group(1): m.group(2) for m in found}
+        inside = [part for m in re.finditer(r'\[\[(.*?)\]\]', text, re.DOTALL) for part in split_commas(m.group(1))]
+        found = (re.match(r'\s*(\w+)\s*(?:\(\s*(\w+)\s*\))?', part) for part in inside)
+        self.attributes = {m.group(1): m.group(2) for m in found if m}
         body = re.sub(r'\[\[.*?\]\]', ' ', text).strip()
         name = re.search(r'([A-Za-z_]\w*)\s*$', body)
         self.name, self.type = (name.group(1), body[:name.start()].strip()) if name else ('', body)
-        self.builtin = next((a for a in self.attributes if a in POSITIONS or a in INDICES or a == SIMD_WIDTH), None)
+        self.builtin = next((a for a in self.attributes if a in POSITIONS or a in INDICES or a in DERIVED), None)
         self.is_threadgroup = 'threadgroup' in self.attributes
         self.is_reference = self.type.endswith('&')
         self.index = int(self.attributes['buffer']) if 'buffer' in self.attributes else None
@@ -61,24 +55,18 @@ class Parameter:
         "The type without its address space: `int` of `constant int&`."
         return re.sub(r'\b(constant|device|const|thread)\b|[&*]', '', self.type).strip()
 
-    def thread_field(self) -> str:
-        "The address of the current thread's numbers: three for a position, one for an index."
-        if self.builtin in POSITIONS:
-            return f'msl_cur->{POSITIONS[self.builtin]}'
-        return f'&msl_cur->{INDICES[self.builtin]}'
-
     def argument(self) -> str:
         "The C++ expression that an entry point passes: a buffer, or a number of the current thread."
-        if self.builtin == SIMD_WIDTH:
-            return f'({self.type})32'
+        if self.builtin in DERIVED:
+            return DERIVED[self.builtin]
+        if self.builtin in POSITIONS:
+            return f'msl_position{{msl_cur->{POSITIONS[self.builtin]}}}'
         if self.builtin:
-            plain = self.type.replace('const', '').strip()
-            return f'msl_arg<{plain}>({self.thread_field()})'
+            return f'msl_position{{&msl_cur->{INDICES[self.builtin]}}}'
         if self.is_threadgroup:
-            return f"({self.type})msl_tg_dynamic({self.attributes['threadgroup'] or 0})"
-        if self.is_reference:
-            return f'*({self.type[:-1]}*)b[{self.index}]'
-        return f'({self.type})b[{self.index}]'
+            return f"msl_pointer{{msl_tg_dynamic({self.attributes['threadgroup'] or 0})}}"
+        address = 'nullptr' if self.index is None else f'b[{self.index}]'
+        return f"msl_{'reference' if self.is_reference else 'pointer'}{{{address}}}"
 
 
 @dataclass
@@ -87,6 +75,7 @@ class Signature:
     name: str
     parameters: list[Parameter] = field(default_factory=list)
     max_threads: int = 1024  # in a threadgroup
+    function: str = ''  # what C++ calls it, where that is not its name: `ns::k`, or `k<float>`
 
     @property
     def slots(self) -> dict[int, Parameter]:
@@ -96,7 +85,12 @@ class Signature:
     @property
     def call(self) -> str:
         "The call that runs the current thread."
-        return f"{self.name}({', '.join(p.argument() for p in self.parameters)})"
+        return f"{self.function or self.name}({', '.join(p.argument() for p in self.parameters)})"
+
+    @property
+    def symbol(self) -> str:
+        "The name as a part of a C function's."
+        return re.sub(r'\W', '_', self.name)
 
 
 def strip_comments(source: str) -> str:
@@ -123,25 +117,74 @@ def closing(
     text: str, # any
     start: int, # where the bracket opens
 ) -> int: # where it closes; the end of the text if it does not
-    "The place of the parenthesis that closes the one at `start`."
-    depth = 0
+    "The place of the bracket that closes the one at `start`."
+    opens, depth = text[start], 0
+    closes = {'(': ')', '{': '}', '<': '>'}[opens]
     for i in range(start, len(text)):
-        depth += (text[i] == '(') - (text[i] == ')')
+        depth += (text[i] == opens) - (text[i] == closes)
         if depth == 0:
             return i
     return len(text)
 
 
-def signatures(source: str) -> list[Signature]:
-    "The kernels of a source, in order."
-    text, out = strip_comments(source), []
+def signatures(
+    source: str, # Metal
+    constants: Mapping[str, object] = MappingProxyType({}), # values of function constants, by name
+) -> list[Signature]:
+    "The kernels of a source, in order; of a template those that are instantiated under a name."
+    text, out, templates = strip_comments(source), [], {}
+    absent = {name for name in function_constants(text) if not constants.get(name)}
     for m in KERNEL.finditer(text):
         inside = text[m.end():closing(text, m.end() - 1)]
-        parameters = [Parameter(p) for p in split_commas(inside) if p.strip()]
-        number(parameters)
         before = max(text.rfind('}', 0, m.start()), text.rfind(';', 0, m.start()), 0)
-        limits = MAX_THREADS.findall(text[before:m.end()])
-        out.append(Signature(m.group(1), parameters, int(limits[-1]) if limits else 1024))
+        head, function = text[before:m.end()], '::'.join([*namespaces(text, m.start()), m.group(1)])
+        limits, names = MAX_THREADS.findall(head), re.findall(HOST_NAME, head)
+        limit = int(limits[-1]) if limits else 1024
+        if template := re.search(r'\btemplate\s*(?=<)', head):
+            templates[m.group(1)] = head[template.end():closing(head, template.end())][1:], inside, limit, function
+        else:
+            out.append(Signature(names[-1] if names else function, parameters_of(inside, absent), limit, function))
+    return out + [instance(m, text, templates, absent) for m in INSTANCE.finditer(text)
+                  if m.group(2).split('::')[-1] in templates]
+
+
+def instance(
+    match: re.Match, # of `INSTANCE`
+    text: str, # all of it
+    templates: dict[str, tuple], # name -> parameters of the template, of the kernel, limit, qualified name
+    absent: set[str], # function constants that are false or have no value
+) -> Signature:
+    "The signature of a template with its arguments put in."
+    wanted, inside, limit, function = templates[match.group(2).split('::')[-1]]
+    given = text[match.end() + 1:closing(text, match.end())]
+    values = [value.strip() for value in split_commas(given)]
+    for i, parameter in enumerate(split_commas(wanted)):
+        name, _, default = parameter.partition('=')
+        value = values[i] if i < len(values) else default.strip()
+        inside = re.sub(rf'\b{name.split()[-1]}\b', value, inside)
+    return Signature(match.group(1), parameters_of(inside, absent), limit, f'{function}<{given}>')
+
+
+def namespaces(text: str, at: int) -> list[str]:
+    "The namespaces that a place lies in, from outside."
+    return [m.group(1) for m in NAMESPACE.finditer(text, 0, at) if closing(text, m.end() - 1) > at]
+
+
+def function_constants(text: str) -> dict[str, str]:
+    "The function constants of a text without comments: name -> index."
+    return {m.group(2): m.group(3) for m in FUNCTION_CONSTANT.finditer(text)}
+
+
+def parameters_of(
+    inside: str, # what stands between the brackets of a kernel
+    absent: set[str], # function constants that are false or have no value
+) -> list[Parameter]:
+    "Parameters, with the index of each buffer that there is."
+    out = [Parameter(p) for p in split_commas(inside) if p.strip()]
+    number([p for p in out if p.attributes.get('function_constant') not in absent])
+    for p in out:
+        if p.attributes.get('function_constant') in absent:
+            p.index = None
     return out
 
 
@@ -202,22 +245,3 @@ def threadgroup_storage(declaration: str) -> str | None:
     macro = f'MSL_TG_ALIGNED({alignment}, ' if alignment else 'MSL_TG('
     variables = [found, *map(VARIABLE.match, others)]
     return ' '.join(f"{macro}{v.group(2)}, {' '.join(v.group(3).split())}, {kind});" for v in variables if v)
-
-
-def needs_fibers(source: str) -> bool:
-    "Do its threads meet or share memory? Else they may run one after the other, in plain loops."
-    return MEETING.search(strip_comments(source)) is not None
-
-
-def translation(
-    source: str, # Metal
-    name: str, # of the file, for the compiler's messages
-    flat: bool = False, # with entry points that run all threads in plain loops too
-) -> str: # C++
-    "The whole translation unit: the kernels, and one or two entry points for each."
-    kernels = signatures(source)
-    lines = ['#include <metal_stdlib>', f'#line 1 "{name}"', rewritten(source), '#line 1 "entry points"']
-    lines += [f'extern "C" MSL_NOHOOK void msl_entry_{k.name}(void* const* b) {{ {k.call}; }}' for k in kernels]
-    if flat:
-        lines += [FLAT.format(name=k.name, call=k.call.replace('msl_cur->', 'c.')) for k in kernels]
-    return '\n'.join(lines) + '\n'

@@ -1,0 +1,115 @@
+"From Metal to C++: the few things that clang would not understand, and the entry points of the kernels."
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from tinyvllm.metalsim.source import FUNCTION_CONSTANT, closing, rewritten, signatures, strip_comments
+
+# Whatever makes the threads of a kernel meet, or share memory.
+MEETING = re.compile(r'\b(simd_\w+|simdgroup_\w+|quad_\w+|threadgroup_barrier|make_filled_simdgroup_matrix)\s*[(<]'
+                     r'|\bthreadgroup\b\s+[A-Za-z_]|simdgroup_\w+8x8|simdgroup_matrix')
+HEADERS = {f'metal_{name}' for name in (
+    'array assert atomic command_buffer common compute config cooperative_tensor extended_vector geometric graphics '
+    'imageblocks integer limits logging math matrix mesh numeric pack packed_vector pull_model_interpolation quadgroup '
+    'raytracing relational simdgroup simdgroup_matrix stdlib tensor tessellation texture type_traits types uniform '
+    'visible_function_table').split()} | {'simd/simd.h'}
+SCALAR = 'bool|bfloat|half|float|u?(?:char|short|int|long)'
+VECTOR = rf'\b(?:{SCALAR})[234]\b|\bvec\s*<'
+ALIAS = re.compile(r'\busing\s+(\w+)\s*=([^;{}]*);|\btypedef\s+([^;{}()]*?)\b(\w+)\s*;')
+TYPE_PARAMETER = re.compile(r'[<,]\s*(?:typename|class)\s+(\w+)')
+COHERENT = re.compile(r'\bcoherent\s*(?:\(\s*\w+\s*\))?(?=\s+(?:device|const|volatile)\b)')
+FLAT = '''extern "C" void msl_flat_{name}(void* const* b, const uint* n, const uint* t, const uint* o) {{
+  msl_thread c;
+  c.nsimd = (t[0] * t[1] * t[2] + 31) / 32;
+  c.active = ~0u;
+  for (int k = 0; k < 3; k++) {{ c.tgsz[k] = t[k]; c.ntg[k] = n[k]; c.gsz[k] = n[k] * t[k]; }}
+  for (uint z = o[2]; z < n[2]; z++) for (uint y = o[1]; y < n[1]; y++) for (uint x = o[0]; x < n[0]; x++) {{
+    c.tg[0] = x; c.tg[1] = y; c.tg[2] = z; c.index = 0;
+    for (uint lz = 0; lz < t[2]; lz++) for (uint ly = 0; ly < t[1]; ly++)
+      for (uint lx = 0; lx < t[0]; lx++, c.index++) {{
+        c.lid[0] = lx; c.lid[1] = ly; c.lid[2] = lz;
+        c.lane = c.index % 32; c.simd = c.index / 32;
+        c.gid[0] = x * t[0] + lx; c.gid[1] = y * t[1] + ly; c.gid[2] = z * t[2] + lz;
+        {call};
+      }}
+  }}
+}}'''
+
+
+def to_cpp(
+    source: str, # Metal
+    constants: Mapping[str, object], # values of function constants, by name
+) -> str:
+    "The source as C++ understands it; every line keeps its number."
+    text = re.sub(r'#\s*include\s*<([\w/.]+)>', lambda m: '' if m.group(1) in HEADERS else m.group(0),
+                  strip_comments(source))
+    text = FUNCTION_CONSTANT.sub(lambda m: constant_definition(*m.groups(), constants), text)
+    text = re.sub(r'\bis_function_constant_defined\s*\(\s*(\w+)\s*\)', r'msl_is_defined_\1', text)
+    text = re.sub(r'\bvec\s*<\s*(bool|bfloat)(?:16_t)?\s*,\s*([234])\s*>', r'\1\2', COHERENT.sub(' ', text))
+    return rewritten(constructors(text))
+
+
+def constant_definition(kind: str, name: str, index: str, constants: Mapping[str, object]) -> str:
+    "A function constant with its value; zero, and not defined, where it has none."
+    value = constants.get(name, 0)
+    value = str(value).lower() if isinstance(value, bool) else value
+    return f'constant {kind} {name} = ({kind})({value}); constant bool msl_is_defined_{name} = ' \
+           f'{str(name in constants).lower()};'
+
+
+def constructors(text: str) -> str:
+    """Calls of `msl_mk` for the constructors of vectors that clang lacks.
+
+    Macros of msl.h do that for `float4(x, y)`. Here it is done for `metal::float4(x, y)`, `vec<T, 4>(x, y)`, names
+    that the text has given to vectors, parameters of templates, and `float4 v(x, y);`.
+    """
+    text = re.sub(rf'\bmetal::(?=(?:{SCALAR})[234]\b)', '', text)
+    names = '|'.join(sorted(vector_names(text), key=len, reverse=True)) or '(?!)'
+    kinds = rf'(?:metal::)?vec\s*<[^<>;(){{}}]*>|(?:{SCALAR})[234]|{names}'
+    text = declarations(text, kinds)
+    return re.sub(rf'(?<![\w.>:~])((?:metal::)?vec\s*<[^<>;(){{}}]*>|\b(?:{names}))\s*\((?!\s*[*&])', r'msl_mk<\1>(', text)
+
+
+def vector_names(text: str) -> set[str]:
+    "Names that may stand for a vector: of types that are defined so, and of parameters of templates."
+    names = {m.group(1) for m in TYPE_PARAMETER.finditer(text)}
+    for m in ALIAS.finditer(text):
+        name, meaning = m.group(1) or m.group(4), m.group(2) or m.group(3)
+        if re.search(VECTOR, meaning) or names & set(re.findall(r'\w+', meaning)):
+            names.add(name)
+    return names
+
+
+def declarations(text: str, kinds: str) -> str:
+    "`float4 v(x, y);` as `float4 v = msl_mk<float4>(x, y);`, if the brackets do not hold parameters."
+    out, done = [], 0
+    a_parameter = re.compile(rf'\s*(?:(?:const|constant|device|thread|threadgroup|volatile|void)\b'
+                             rf'|(?:{kinds}|{SCALAR}|size_t|u?int\d+_t)\s*(?:[&*,)]|\w))')
+    for m in re.finditer(rf'(?<![\w.>:~])({kinds})\s+(\w+)\s*\(', text):
+        end = closing(text, m.end() - 1)
+        if m.start() < done or text[end + 1:].lstrip()[:1] not in (';', ',') or a_parameter.match(text, m.end()):
+            continue
+        if text[m.end():end].strip() and not re.search(r'\breturn\s*$|\bnew\s*$', text[:m.start()]):
+            out.append(f'{text[done:m.start()]}{m.group(1)} {m.group(2)} = msl_mk<{m.group(1)}>{text[m.end() - 1:end + 1]}')
+            done = end + 1
+    return ''.join(out) + text[done:]
+
+
+def needs_fibers(source: str) -> bool:
+    "Do its threads meet or share memory? Else they may run one after the other, in plain loops."
+    return MEETING.search(strip_comments(source)) is not None
+
+
+def translation(
+    source: str, # Metal
+    name: str, # of the file, for the compiler's messages
+    flat: bool = False, # with entry points that run all threads in plain loops too
+    constants: Mapping[str, object] = MappingProxyType({}), # values of function constants, by name
+) -> str: # C++
+    "The whole translation unit: the kernels, and one or two entry points for each."
+    kernels = signatures(source, constants)
+    lines = ['#include <metal_stdlib>', f'#line 1 "{name}"', to_cpp(source, constants), '#line 1 "entry points"']
+    lines += [f'extern "C" MSL_NOHOOK void msl_entry_{k.symbol}(void* const* b) {{ {k.call}; }}' for k in kernels]
+    if flat:
+        lines += [FLAT.format(name=k.symbol, call=k.call.replace('msl_cur->', 'c.')) for k in kernels]
+    return '\n'.join(lines) + '\n'
