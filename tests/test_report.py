@@ -26,6 +26,7 @@ from tinyvllm.reference.generate import answer_logits, generate
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = Plan('CPU')
+UNHURRIED = tuple(replace(section, seconds=1e6) for section in SECTIONS)    # however busy the machine is
 
 
 def read(path):
@@ -93,7 +94,7 @@ def whole(plan, tmp_path_factory):
         patch.setattr(report_sections, 'product_bandwidth', lambda dtype: 5e9)
         patch.setattr(doctor, 'measure_launch', lambda *_: (12.5, 8.0))
         patch.setattr('tinyvllm.measure.bandwidth', lambda *_: 10e9)
-        write_report(path, plan)
+        write_report(path, plan, sections=UNHURRIED)
     return path
 
 
@@ -175,6 +176,11 @@ def test_a_failure_is_written_down_and_the_rest_goes_on(tmp_path):
     assert 'wrong: work, raises: gone' in text and ISSUES in text.splitlines()[-2] and 'mac.json' in text.splitlines()[-2]
     write_report(tmp_path / 'mac.json', PLAN, sections=sections(again, right={}, wrong={}, raises={}))
     assert again == ['raises']     # what is wrong is a result; what could not run is none
+
+
+def test_what_is_no_number_becomes_null(tmp_path):
+    write_report(tmp_path / 'mac.json', PLAN, sections=sections([], a=dict(ok=False, error_size=float('nan'))))
+    assert read(tmp_path / 'mac.json')['sections']['work']['a']['error_size'] is None
 
 
 def test_a_warning_is_kept(tmp_path):
@@ -327,7 +333,7 @@ def test_messages_lose_folders_and_names(monkeypatch):
 @pytest.mark.skipif(sys.platform != 'linux', reason='a Mac has the real one')
 def test_simulated_metal_has_no_times(tmp_path, monkeypatch):
     monkeypatch.setattr(report_sections, 'checks_for', lambda device: checks('simd.kv_write'))
-    found = write_report(tmp_path / 'mac.json', Plan('METAL', cases=1))
+    found = write_report(tmp_path / 'mac.json', Plan('METAL', cases=1), sections=UNHURRIED)
     assert found.content['about']['simulated'] and not found.wrong
     results = {name: result for parts in found.content['sections'].values() for name, result in parts.items()}
     assert not [key for result in results.values() for key in result if key.endswith('_s') or key == 'seconds']

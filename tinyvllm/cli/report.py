@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 
 from tqdm import tqdm
@@ -156,8 +157,11 @@ def run_task(
         result = dict(stopped=f'after {time.monotonic() - begun:.0f} s: the time of this section was over')
     except Exception as error:   # whatever a compiler, a driver or a kernel raises
         result = dict(ok=False, error=str(error).strip() or type(error).__name__)
-    for key in result.keys() & {'error', 'wrong'}:
-        result[key] = remove_private(result[key])
+    for key, value in result.items():
+        if key in ('error', 'wrong', 'note'):
+            result[key] = remove_private(value)
+        elif isinstance(value, float) and not isfinite(value):   # JSON has no word for it
+            result[key] = None
     return result | (dict(seconds=round(time.monotonic() - begun, 2)) if is_timed else {})
 
 

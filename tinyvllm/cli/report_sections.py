@@ -56,6 +56,11 @@ class Plan:
         "The commit at the start: the code that runs is that one's, whatever happens to the folder."
         return commit()
 
+    def fetch(self) -> None:
+        "Download the model, if it is not here and something will run it. Raises `BadInput`."
+        if not is_simulated(self.device):
+            resolve(self.model)
+
     @cached_property
     def fast(self) -> Llama:
         "The model as `LLM` runs it."
