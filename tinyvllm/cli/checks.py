@@ -11,7 +11,7 @@ from tinyvllm.errors import BadInput
 from tinyvllm.kernels import cases as operations
 from tinyvllm.kernels.cases import AttentionCases, MatmulCases
 
-__all__ = ['CHECKS', 'TOLERANCE', 'UNCHECKED', 'Check', 'checks_for']
+__all__ = ['CHECKS', 'FAR_CHECKS', 'LONG_CHECKS', 'TOLERANCE', 'Check', 'checks_for', 'find']
 
 TOLERANCE = {'float16': 2e-3, 'float32': 1e-5, 'int32': 0}  # of max |got - want| / max |want|
 HALF, SINGLE, EXACT = ('float16',), ('float32',), ('int32',)
@@ -127,7 +127,6 @@ FAR_CHECKS = (
     Check('top_tokens.find_top_tokens', far.FAR_TOP_TOKENS, GPUS, **SINGLE_ONCE),
 )
 CHECKS += LONG_CHECKS + FAR_CHECKS
-UNCHECKED: dict[str, str] = {}    # kernel -> why no row of the table launches it
 
 
 def checks_for(

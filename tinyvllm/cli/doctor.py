@@ -223,7 +223,7 @@ def run_coverage(
         captured = record_engines(device)
         missing = find_unchecked(captured, checked, by_text=cases >= max(check.operation.shapes for check in CHECKS))
         row.cases, row.ok, row.note = len(captured), not missing, 'launched: ' + ', '.join(sorted(captured.names))
-        row.trouble = missing and f'no check launches {", ".join(missing)}'
+        row.trouble = f'no check launches {", ".join(missing)}' if missing else ''
     except Exception as error:   # whatever an engine, a compiler or a driver raises
         row.trouble = str(error).strip() or type(error).__name__
     return row
