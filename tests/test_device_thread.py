@@ -7,6 +7,7 @@ import gc
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,7 +32,7 @@ from tinyvllm.engine.llm import LLMEngine
 from tinyvllm.errors import DeviceError
 from tinyvllm.models.llama import model_config
 from tinyvllm.models.weights import tiny_checkpoint
-from tinyvllm.runner import sampled_tokens
+from tinyvllm.runner import sampled_tokens, shared_memory
 from tinyvllm.runner.inputs import StepState
 from tinyvllm.runner.sampled_tokens import SampledTokenBuffer
 from tinyvllm.sampling.sampler import Sampled
@@ -283,6 +285,28 @@ def test_a_mac_is_waited_for_by_command_buffer(buffer, monkeypatch):
     with pytest.raises(DeviceError, match='step 1 has ended and left no tokens'):
         buffer.read(buffer.state.reserve(0))
     assert waited == [('CPU', 'of step 1')] and not buffer.command_buffers
+
+
+def test_a_cuda_card_is_asked_and_not_waited_for(monkeypatch):
+    from tinygrad.runtime import ops_cuda
+    from tinygrad.runtime.autogen import cuda
+    asked, answers = [], [cuda.CUDA_ERROR_NOT_READY, 0, 700]
+    monkeypatch.setattr(shared_memory, 'Device', {'CUDA:1': SimpleNamespace(context='of card 1')})
+    monkeypatch.setattr(cuda, 'cuCtxSetCurrent', lambda context: asked.append(context) or 0)
+    monkeypatch.setattr(cuda, 'cuStreamQuery', lambda stream: answers.pop(0))
+    monkeypatch.setattr(cuda, 'cuGetErrorString', lambda status, text: 1)    # it needs the driver
+    monkeypatch.setattr(ops_cuda.ctypes, 'string_at', lambda text: b'illegal address')
+    assert [shared_memory.has_finished('CUDA:1') for _ in range(2)] == [False, True]
+    with pytest.raises(RuntimeError, match='CUDA Error 700, illegal address'):
+        shared_memory.has_finished('CUDA:1')
+    assert asked == ['of card 1'] * 3
+
+
+def test_the_command_line_says_in_a_line_what_the_device_did(folder, buffer, monkeypatch, capsys):
+    from tinyvllm.cli.main import main
+    monkeypatch.setattr(SampledTokenBuffer, 'publish', lambda self, *sampled: None)
+    assert main(['generate', 'a', '--model', str(folder), '--max-tokens', '3']) == 1
+    assert re.fullmatch('tinyvllm: error: step 1 has ended and left no tokens.*\n', capsys.readouterr().err)
 
 
 # --- servers on METAL ----------------------------------------------------------------------------------------

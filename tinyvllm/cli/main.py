@@ -9,7 +9,7 @@ from contextlib import suppress
 from tinyvllm import __version__
 from tinyvllm.cli import bench, generate, serve, top
 from tinyvllm.cli.options import Parser, add_commands, check_least, device_option
-from tinyvllm.errors import BadInput
+from tinyvllm.errors import BadInput, DeviceError
 
 # Modules that import tinygrad are imported inside the commands: `--device` must be settled first,
 # and `--help` must not take a second.
@@ -189,9 +189,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:   # `tinyvllm ... | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (BadInput, OSError, FloatingPointError) as error:   # the last: weights that hold NaN
+    except (BadInput, OSError, FloatingPointError, DeviceError) as error:   # the third: weights that hold NaN
         print(f'tinyvllm: error: {error}', file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, DeviceError) else 2
     except MemoryError:
         print('tinyvllm: error: not enough memory; ask for fewer tokens, or use --dtype float16',
               file=sys.stderr)
