@@ -259,10 +259,12 @@ def test_a_device_that_hangs_is_an_error(buffer, monkeypatch):
     assert asked == ['CPU'] * 7    # from the third look on
 
 
-def test_a_device_that_fails_says_in_which_step(buffer, monkeypatch):
-    def fail(device): raise RuntimeError('CUDA Error 700, illegal address')
-    monkeypatch.setattr(sampled_tokens, 'has_finished', fail)
-    with pytest.raises(DeviceError, match='the device has failed in step 1: CUDA Error 700'):
+@pytest.mark.parametrize('wait, command_buffers', [('has_finished', {}), ('wait_for_command_buffer', {1: 'of step 1'})])
+def test_a_device_that_fails_says_in_which_step(buffer, monkeypatch, wait, command_buffers):
+    def fail(*given): raise RuntimeError('Caused GPU Timeout Error')
+    monkeypatch.setattr(sampled_tokens, wait, fail)
+    buffer.command_buffers |= command_buffers
+    with pytest.raises(DeviceError, match='the device has failed in step 1: Caused GPU Timeout Error'):
         buffer.read(buffer.state.reserve(0))
 
 
