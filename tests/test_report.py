@@ -131,7 +131,7 @@ def test_the_page_explains_every_field(whole):
     content = read(whole)
     of_ladder = content['sections'].pop('rungs')['10c x2'].keys() - {'ok', 'seconds'}
     names = {key for parts in content['sections'].values() for result in parts.values() for key in result}
-    names |= {*content, *content['sections'], 'error', 'wrong', 'stopped', 'skipped', 'warnings'}
+    names |= {*content, *content['sections'], 'attempts', 'error', 'wrong', 'stopped', 'skipped', 'warnings'}
     assert not [name for name in names if f'`{name}`' not in page]
     assert of_ladder == {field.name for field in fields(LadderRow)} and '`LadderRow`' in page
 
@@ -142,7 +142,7 @@ def test_an_interrupted_run_is_completed(tmp_path):
     path, first, second = tmp_path / 'mac.json', [], []
     with pytest.raises(KeyboardInterrupt):
         write_report(path, PLAN, sections=sections(first, a={}, b={}, c=KeyboardInterrupt(), d={}))
-    assert list(read(path)['sections']['work']) == ['a', 'b']
+    assert list(read(path)['sections']['work']) == ['a', 'b', 'c']
     write_report(path, PLAN, sections=sections(second, a={}, b={}, c={}, d={}))
     assert first == ['a', 'b', 'c'] and second == ['c', 'd']
     assert list(read(path)['sections']['work']) == ['a', 'b', 'c', 'd']
@@ -160,9 +160,21 @@ write_report(sys.argv[1], Plan('CPU'), sections=(Section('work', lambda plan: pa
 def test_a_killed_run_leaves_a_valid_file(tmp_path):
     path, calls = tmp_path / 'mac.json', []
     done = subprocess.run([sys.executable, '-c', KILLED, path], capture_output=True)
-    assert done.returncode == -signal.SIGKILL and list(read(path)['sections']['work']) == ['a']
-    write_report(path, PLAN, sections=sections(calls, a={}, b={}))
-    assert calls == ['b'] and [p.name for p in tmp_path.iterdir()] == ['mac.json']
+    assert done.returncode == -signal.SIGKILL and read(path)['sections']['work']['a']['ok']
+    assert read(path)['sections']['work']['b'] == dict(attempts=1)
+    found = write_report(path, PLAN, sections=sections(calls, a={}, b={}))
+    assert calls == ['b'] and not found.wrong and [p.name for p in tmp_path.iterdir()] == ['mac.json']
+
+
+def test_a_part_that_ends_the_program_twice_is_left_out(tmp_path):
+    path, calls = tmp_path / 'mac.json', []
+    crashing = sections(calls, a=KeyboardInterrupt(), b={})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            write_report(path, PLAN, sections=crashing)
+    for _ in range(2):
+        found = write_report(path, PLAN, sections=crashing)
+        assert calls == ['a', 'a', 'b'] and 'ended 2 times' in found.wrong['work, a']
 
 
 def test_a_failure_is_written_down_and_the_rest_goes_on(tmp_path):

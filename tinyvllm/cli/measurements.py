@@ -74,7 +74,7 @@ def measure_rung(
     repeat: int = 3,  # measured runs; one more comes first and compiles
     name: str = '',  # of the model
     fast: Llama | None = None,  # for rung 10c: the model as `LLM` has it
-    tick: Callable[[], object] = lambda: None,  # called after each step; what it raises ends the measurement
+    tick: Callable[[], object] = lambda: None,  # called after each step and each answer's check; may raise
 ) -> LadderRow:  # of the median run
     "Measure a rung and check its tokens. Raises `BadInput` for a workload beyond the context."
     runs_on = fast if fast and rung == '10c' else model
@@ -86,7 +86,7 @@ def measure_rung(
     bar = trange(1 + repeat, desc=f'{rung} ×{work.requests}', unit='run', leave=False, disable=None)
     runs = [measure_stream(lambda: each_step(stream(), tick)) for _ in bar][1:]
     answers = (runs[0].tokens[i::work.requests] for i in range(work.requests))  # a step has one of each
-    equal = [same_greedy(model, prompt, answer) for prompt, answer in zip(prompts, answers)]
+    equal = [same_greedy(model, prompt, answer) for prompt, answer in each_step(zip(prompts, answers), tick)]
     row = ladder_row(runs, weight_bytes(runs_on), kv_bytes(runs_on) * work.room, work.requests, rung=rung,
                      notebook=RUNGS[rung], model=name, dtype=stored_as(runs_on) or model.dtype, workload=str(work),
                      greedy_equal=all(equal))
@@ -113,7 +113,7 @@ def rung_stream(rung: str, model: Llama, work: Workload, prompts: list[list[int]
 
 
 def each_step(steps: Iterable, tick: Callable[[], object]) -> Iterator:
-    "Pass steps on, and call `tick` after each."
+    "Pass steps on, and call `tick` after each was used."
     for step in steps:
         yield step
         tick()

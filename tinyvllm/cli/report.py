@@ -2,7 +2,7 @@
 
 A report has sections, a section has parts. The file is replaced as a whole after each part: a run that was interrupted
 goes on where it stopped, if machine, device, versions and source are the same. A part that fails is written down, and
-the rest goes on. A section ends with its time; the parts that it leaves are run next time.
+the rest goes on; one that ends the process is tried once more. A section ends with its time; the parts that it leaves are run next time.
 """
 import json
 import os
@@ -27,6 +27,8 @@ __all__ = ['FORMAT', 'ISSUES', 'VERSION', 'OutOfTime', 'Report', 'Task', 'format
            'read_report', 'remove_private', 'run_task', 'write_report']
 
 FORMAT, VERSION = 'tinyvllm report', 1
+MOST_ATTEMPTS = 2   # to run a part: what crashes twice is left out
+CRASHED = dict(ok=False, wrong=f'the program ended {MOST_ATTEMPTS} times while this ran: a crash, or Ctrl-C')
 ISSUES = 'https://github.com/tinyvllm/tinyvllm/issues/new'
 
 
@@ -79,6 +81,12 @@ class Report:
         "Return the finished result of a part; None where it failed to run, had no time, or never began."
         found = self.content['sections'].get(section, {}).get(part, {})
         return found if found.get('ok') is not None and 'error' not in found else None
+
+    def begin(self, section: str, part: str) -> int:
+        "Note in the file that a part runs now; return how often it has begun and not ended."
+        attempts = self.content['sections'].get(section, {}).get(part, {}).get('attempts', 0) + 1
+        self.add(section, part, dict(attempts=attempts))
+        return attempts
 
     def add(self, section: str, part: str, result: dict) -> None:
         "Store the result of a part, and replace the file."
@@ -189,7 +197,9 @@ def write_report(
         for task in bar:
             bar.set_description(f'{task.section}: {task.part}')
             if report.result(task.section, task.part) is None:
-                report.add(task.section, task.part, run_task(task, start, not is_simulated(plan.device)))
+                crashed = report.begin(task.section, task.part) > MOST_ATTEMPTS
+                result = CRASHED if crashed else run_task(task, start, not is_simulated(plan.device))
+                report.add(task.section, task.part, result)
     return report
 
 

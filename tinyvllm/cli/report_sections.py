@@ -33,7 +33,8 @@ __all__ = ['SECTIONS', 'TOLERANCE', 'Plan', 'Section', 'bandwidth_probes', 'coun
            'source_digest', 'unusual']
 
 GOLDENS = files('tinyvllm') / 'data/smollm2_golden.json'   # greedy tokens by transformers, in float32
-TOLERANCE = {'float32': 1e-3, 'float16': 0.1}   # of log-probabilities
+# Of log-probabilities: rounding in tinygrad's own operations comes to 5e-5 in float32 and to 0.03 in float16.
+TOLERANCE = {'float32': 1e-3, 'float16': 0.1}
 # Of the ladder: rung, requests together, measured runs. The slow ones last, and once.
 RUNG_RUNS = (('10c', 1, 3), ('10c', 4, 3), ('10c', 16, 3), ('07', 1, 3), ('08', 1, 1), ('04a', 1, 1), ('01c', 1, 1),
              ('01', 1, 1))
