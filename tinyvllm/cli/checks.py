@@ -68,7 +68,8 @@ CHECKS = (
     Check('cpu.kv_write', operations.KV_WRITE, ('CPU',)),
     Check('cpu.attend', operations.DECODE, ('CPU',)),
     Check('cpu.attend', operations.PREFILL, ('CPU',)),
-    *(Check('linear_gpu.gpu_linear', ProductCases(name, 'lanes'), GPUS) for name in PACKED),
+    *(Check('linear_gpu.gpu_linear', ProductCases(name, 'lanes'), GPUS,
+            dtypes=HALF + SINGLE * (name in ('f32', 'f16', 'int4-g32'))) for name in PACKED),
     *(Check('linear_gpu.gpu_linear', ProductCases(name, 'tiles'), GPUS, dtypes=HALF) for name in HALVES),
     *(Check('linear_gpu.gpu_linear', ProductCases(name, 'stream'), ('CUDA',), dtypes=HALF) for name in HALVES),
     Check('linear_gpu.gpu_swiglu', SwigluCases(PACKED, 'lanes'), GPUS),
@@ -98,8 +99,9 @@ LONG_CHECKS = (
     *(Check('simd.matvec', MatmulCases(columns=16384), GPUS, f'simd.MATVEC_{rung}', **ONCE)
       for rung in ('NAIVE', 'COALESCED', 'VECTOR', 'ROWS')),
     *(Check('linear_gpu.gpu_linear', ProductCases(name, rung, columns), devices, dtypes=HALF, most=2)
-      for rung, columns, devices in (('lanes', 16384, GPUS), ('tiles', 4096, GPUS), ('stream', 16384, ('CUDA',)))
-      for name in ('f16', 'int4-g32', 'q6_k')),
+      for rung, columns, devices, names in (('lanes', 16384, GPUS, ('f16', 'int4-g32', 'q6_k')),
+                                            ('tiles', 4096, GPUS, ('f16', 'int4-g32', 'q6_k')),
+                                            ('stream', 16384, ('CUDA',), ('f16', 'int4-g32'))) for name in names),
 )
 FAR_CHECKS = (
     *(Check(kernel, FarAttentionCases(elements=elements), GPUS, **ONCE) for elements in (far.FAR, far.FARTHER)

@@ -42,7 +42,7 @@ class ModelKind:
 QWEN3, BIASED = dict(model_type='qwen3', tie_word_embeddings=True), dict(attention_bias=True)
 KINDS = (ModelKind('f32', is_fused=False), ModelKind('f16', is_fused=False), ModelKind('f32', features=FEATURES),
          ModelKind('f16', QWEN3, FEATURES),
-         *(ModelKind(name, BIASED) for name in FORMAT_NAMES[2:]))
+         *(ModelKind(name, BIASED) for name in FORMAT_NAMES[2:] if name not in ('int8-g32', 'int4-g64')))
 
 
 def random_state(config: dict, name: str, device: str) -> Iterator[tuple[str, object]]:
