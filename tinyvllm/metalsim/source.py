@@ -21,8 +21,8 @@ DERIVED['dispatch_quadgroups_per_threadgroup'] = DERIVED['quadgroups_per_threadg
 COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"', re.DOTALL)
 KERNEL = re.compile(r'(?:\bkernel\b(?:\s*\]\])?|\[\[\s*kernel[^\]]*\]\])\s+(?:\[\[.*?\]\]\s*)*void\s+(\w+)\s*\(')
 NAMESPACE = re.compile(r'\bnamespace\s+([\w:]+)\s*\{')
-HOST_NAME = r'\[\[\s*host_name\s*\(\s*"([^"]*)"\s*\)\s*\]\]'
-INSTANCE = re.compile(rf'\btemplate\s*{HOST_NAME}\s*(?:kernel\b|\[\[[^\]]*\]\])?\s*'
+HOST_NAME = r'\bhost_name\s*\(\s*"([^"]*)"\s*\)'
+INSTANCE = re.compile(rf'\btemplate\s*\[\[\s*{HOST_NAME}[^\]]*\]\]\s*(?:kernel\b|\[\[[^\]]*\]\])?\s*'
                       r'(?:void|decltype\s*\((?:[^()]|\([^()]*\))*\))\s*([\w:]+)\s*(?=<)')
 FUNCTION_CONSTANT = re.compile(r'\bconstant\s+(?:const\s+)?([A-Za-z_][\w:]*)\s+(\w+)\s*'
                                r'\[\[\s*function_constant\s*\(\s*(\w+)\s*\)\s*\]\]\s*;')
@@ -84,8 +84,9 @@ class Signature:
 
     @property
     def call(self) -> str:
-        "The call that runs the current thread."
-        return f"{self.function or self.name}({', '.join(p.argument() for p in self.parameters)})"
+        "Statements that run the current thread; a template is chosen before its arguments are seen."
+        arguments = ', '.join(p.argument() for p in self.parameters)
+        return f'auto kernel_function = &{self.function or self.name}; kernel_function({arguments})'
 
     @property
     def symbol(self) -> str:

@@ -14,7 +14,7 @@ HEADERS = {f'metal_{name}' for name in (
     'raytracing relational simdgroup simdgroup_matrix stdlib tensor tessellation texture type_traits types uniform '
     'visible_function_table').split()} | {'simd/simd.h'}
 SCALAR = 'bool|bfloat|half|float|u?(?:char|short|int|long)'
-VECTOR = rf'\b(?:{SCALAR})[234]\b|\bvec\s*<'
+VECTOR = rf'\b(?:packed_)?(?:{SCALAR})[234]\b|\bvec\s*<'
 ALIAS = re.compile(r'\busing\s+(\w+)\s*=([^;{}]*);|\btypedef\s+([^;{}()]*?)\b(\w+)\s*;')
 TYPE_PARAMETER = re.compile(r'[<,]\s*(?:typename|class)\s+(\w+)')
 COHERENT = re.compile(r'\bcoherent\s*(?:\(\s*\w+\s*\))?(?=\s+(?:device|const|volatile)\b)')
@@ -63,11 +63,12 @@ def constructors(text: str) -> str:
     Macros of msl.h do that for `float4(x, y)`. Here it is done for `metal::float4(x, y)`, `vec<T, 4>(x, y)`, names
     that the text has given to vectors, parameters of templates, and `float4 v(x, y);`.
     """
-    text = re.sub(rf'\bmetal::(?=(?:{SCALAR})[234]\b)', '', text)
+    text = re.sub(rf'\b(?:metal|simd)::(?=(?:{SCALAR})[234]\b)', '', text)
     names = '|'.join(sorted(vector_names(text), key=len, reverse=True)) or '(?!)'
     kinds = rf'(?:metal::)?vec\s*<[^<>;(){{}}]*>|(?:{SCALAR})[234]|{names}'
     text = declarations(text, kinds)
-    return re.sub(rf'(?<![\w.>:~])((?:metal::)?vec\s*<[^<>;(){{}}]*>|\b(?:{names}))\s*\((?!\s*[*&])', r'msl_mk<\1>(', text)
+    called = rf'(?:metal::)?vec\s*<[^<>;(){{}}]*>|packed_(?:{SCALAR})[24]|\b(?:{names})'
+    return re.sub(rf'(?<![\w.>:~])({called})\s*\((?!\s*[*&])', r'msl_mk<\1>(', text)
 
 
 def vector_names(text: str) -> set[str]:

@@ -311,7 +311,18 @@ using ::ptrdiff_t;
         MSL_MEMBER packed_##T##3(msl_vec<T, 3> v) : x(v.x), y(v.y), z(v.z) {} \
         MSL_MEMBER operator msl_vec<T, 3>() const { return msl_vec<T, 3>{x, y, z}; } \
         MSL_INDEX(T) \
+        MSL_PACKED_OP(packed_##T##3, T, +) \
+        MSL_PACKED_OP(packed_##T##3, T, -) \
+        MSL_PACKED_OP(packed_##T##3, T, *) \
+        MSL_PACKED_OP(packed_##T##3, T, /) \
     };
+#define MSL_PACKED_OP(P, T, op) \
+    friend MSL_MEMBER msl_vec<T, 3> operator op(P a, P b) { return (msl_vec<T, 3>)a op(msl_vec<T, 3>) b; } \
+    friend MSL_MEMBER msl_vec<T, 3> operator op(P a, msl_vec<T, 3> b) { return (msl_vec<T, 3>)a op b; } \
+    friend MSL_MEMBER msl_vec<T, 3> operator op(msl_vec<T, 3> a, P b) { return a op(msl_vec<T, 3>) b; } \
+    friend MSL_MEMBER msl_vec<T, 3> operator op(P a, T b) { return (msl_vec<T, 3>)a op b; } \
+    friend MSL_MEMBER msl_vec<T, 3> operator op(T a, P b) { return a op(msl_vec<T, 3>) b; } \
+    MSL_MEMBER P& operator op##=(msl_vec<T, 3> b) { return *this = *this op b; }
 MSL_PACKED(char)
 MSL_PACKED(uchar)
 MSL_PACKED(short)
@@ -381,3 +392,4 @@ struct msl_position {
 #include "msl_math.h"
 #include "msl_matrix.h"
 #include "msl_atomic.h"
+namespace simd = metal;

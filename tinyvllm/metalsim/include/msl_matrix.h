@@ -8,12 +8,14 @@ template <class T, int C, int R> struct matrix { // C columns of R rows
         for (int c = 0; c < C; c++)
             for (int r = 0; r < R; r++) columns[c][r] = c == r ? d : (T)0;
     }
-    template <class... V> MSL_MEMBER matrix(msl_vec<T, R> first, V... rest) : columns{first, rest...} {
+    template <class A, class... V, typename msl_if<int, (msl_vt<A>::n == R)>::type = 0>
+    MSL_MEMBER matrix(A first, V... rest) : columns{first, rest...} {
         static_assert(sizeof...(V) == C - 1, "wrong number of columns in a matrix constructor");
     }
-    template <class... N> MSL_MEMBER matrix(T a, T b, N... rest) { // column by column
-        static_assert(sizeof...(N) == C * R - 2, "wrong number of elements in a matrix constructor");
-        const T all[] = {a, b, (T)rest...};
+    template <class A, class... N, typename msl_if<int, msl_vt<A>::n == 1 && (sizeof...(N) > 0)>::type = 0>
+    MSL_MEMBER matrix(A first, N... rest) { // column by column
+        static_assert(sizeof...(N) == C * R - 1, "wrong number of elements in a matrix constructor");
+        const T all[] = {(T)first, (T)rest...};
         for (int i = 0; i < C * R; i++) columns[i / R][i % R] = all[i];
     }
     template <class U> MSL_MEMBER explicit matrix(const matrix<U, C, R>& m) {
