@@ -75,6 +75,8 @@ def positions(unit: Unit) -> Complaints:
             for attribute in set(p.annotations()) & {*POSITIONS, *INDICES}:
                 if attribute in seen:
                     yield p.line, f'[[{attribute}]] is given twice'
+                if re.search('[*&]', p.types[-1]):
+                    yield p.line, f'[[{attribute}]] is a number, neither a pointer nor a reference'
                 if number_of(p):
                     seen[attribute] = *number_of(p), p.line
         yield from position_types(seen)

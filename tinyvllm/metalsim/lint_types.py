@@ -96,6 +96,15 @@ def conversions(unit: Unit) -> list[tuple[Node, Node]]:
             if node.line and node.types and node.parent and node.parent.is_conversion and node.parent.types]
 
 
+def components(unit: Unit) -> Complaints:
+    "The components of a vector are x, y, z, w or r, g, b, a; clang also knows `v.lo` and `v.s0`. MSL 2.2.2."
+    for node in unit.nodes:
+        if node.kind == 'ExtVectorElementExpr' and node.line:
+            component = re.split(r"[' ]", node.text)[-1]
+            if not re.fullmatch('[xyzw]+|[rgba]+', component):
+                yield node.line, f"a vector of Metal has no component '{component}'"
+
+
 def derived(unit: Unit) -> Complaints:
     "A class is derived from none of ours, but an empty template. MSL 1.4.4; MLX derives from `bool_constant`."
     ours = {class_name(node) for node in unit.nodes if node.kind == 'CXXRecordDecl' and node.line}

@@ -6,6 +6,7 @@ others have reported.
 import re
 
 from tinyvllm.metalsim.opencl import Complaints, Unit
+from tinyvllm.metalsim.syntax_tree import Message
 
 LIBM = ('acosh?|asinh?|atanh?|atan2|cbrt|ceil|copysign|cosh?|erfc?|exp|exp2|exp10|expm1|fabs|fdim|floor|fma|fmax|fmin'
         '|fmod|frexp|hypot|ldexp|lgamma|log|log10|log1p|log2|logb|modf|pow|remainder|rint|round|sinh?|sqrt|tanh?'
@@ -21,6 +22,7 @@ FORBIDDEN = [  # words, what is wrong, where it is from
     (r'\bvirtual\b|\bdynamic_cast\b|\btypeid\b', 'virtual/RTTI are not in MSL', 'MSL 1.4.4'),
     (r'\bstd::', 'std:: is not in MSL', 'MSL 1.4.4'),
     (r'\b(?:thread_local|register)\b', 'thread_local and register are not in MSL', 'MSL 1.4.4'),
+    (r'\b__(?:global|local|private|constant|generic|kernel)\b', 'a word of OpenCL', 'MSL 4'),
     (r'\b(?:asm|__asm__|__asm)\b', 'assembly is not in MSL', 'Apple'),
     (r'\bprintf\b', 'printf is not in MSL', 'MSL 6'),
     (rf'\b__builtin_(?:{LIBM})[fl]?\b', 'no function of the C library is a builtin', 'Apple: air64 has none')]
@@ -54,6 +56,13 @@ def forbidden(unit: Unit) -> Complaints:
             yield line_at(unit.source, m.start()), why
 
 
+def included(unit: Unit) -> Complaints:
+    "Metal's library is there when its header is. MSL 6."
+    used = re.search(r'\bmetal\s*(?:::|;)', unit.source)
+    if used and not re.search(r'#\s*include\b', unit.source):
+        yield line_at(unit.source, used.start()), 'metal is used without #include <metal_stdlib>'
+
+
 def line_at(text: str, at: int) -> int:
     "Return the line of a place in a text, from 1."
     return text.count('\n', 0, at) + 1
@@ -63,8 +72,14 @@ def refused(unit: Unit) -> Complaints:
     "Pass on clang's errors: address spaces, narrowing, arrays of unknown size, names and overloads that are not there."
     for message in unit.messages:
         whole = '\n'.join([message.text, *message.notes])
-        if not any(re.search(pattern, whole) for pattern, _ in TAKEN):
+        if not any(re.search(pattern, whole) for pattern, _ in TAKEN) and not is_construction(unit, message):
             yield message.line, in_words_of_metal(message.text)
+
+
+def is_construction(unit: Unit, message: Message) -> bool:
+    "Is the error about `float4 x(y)`, which converts y as `float4(y)` does? MSL 2.2.1."
+    here = unit.lines[message.line - 1] if message.text.startswith('cannot initialize a variable') else ''
+    return re.search(r'\b[a-z]+[234]\s+\w+\s*\(', here) is not None
 
 
 def in_words_of_metal(text: str) -> str:

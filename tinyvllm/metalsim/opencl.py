@@ -24,7 +24,7 @@ FLAGS = ['-cc1', '-triple', 'spir64-unknown-unknown', '-x', 'clcpp', '-cl-std=cl
          '-cl-ext=-__opencl_c_device_enqueue,-__opencl_c_program_scope_global_variables,+cl_khr_fp16,'
          '+__cl_clang_function_pointers', '-fnative-half-type',
          '-fno-caret-diagnostics', '-ferror-limit', '0',
-         '-Wno-everything', '-Werror=vla', '-Werror=c++11-narrowing', '-Werror=zero-length-array']
+         '-Werror=vla', '-Werror=c++11-narrowing', '-Werror=zero-length-array']
 PREAMBLE = ''.join(f'#pragma OPENCL EXTENSION {name} : enable\n' for name in (
     'cl_khr_fp16', '__cl_clang_function_pointers'))
 LINE_DIRECTIVE = re.compile(r'^[ \t]*#[ \t]*line[ \t]+(\d+)(?:[ \t]+"([^"]*)")?.*$', re.M)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 FILE = 'METAL'  # how the source is called in clang's messages and in its syntax tree
+MESSAGE = re.compile(r'^(\S+?):(\d+):\d+: (error|fatal error|warning|note): (.*)$', re.M)
 LINE = re.compile(r'([|`\- ]*)(value: |\w+)(?: (0x\w+))?(?: (?:parent|prev) 0x\w+)*(.*)')
 RANGE = re.compile(r' <((?:[^<>]|<[^<>]*>)*)>( (?:\S*:)?\d+:\d+| col:\d+)?')
 PLACE = re.compile(r'(?:(line|[^\s,<]+|<[^<>]*>):(\d+):|col:)(\d+)')
@@ -11,15 +12,16 @@ CONVERSIONS = '<AddressSpaceConversion>', '<FloatingCast>'
 CALLED = ' Function 0x'
 KINDS = frozenset('''VarDecl ParmVarDecl FieldDecl FunctionDecl CXXMethodDecl TypedefDecl TypeAliasDecl CXXRecordDecl
     EnumDecl EnumConstantDecl AnnotateAttr ConstantExpr value CStyleCastExpr CXXFunctionalCastExpr
-    CXXStaticCastExpr CXXReinterpretCastExpr MemberExpr
+    CXXStaticCastExpr CXXReinterpretCastExpr MemberExpr ExtVectorElementExpr
     public protected private ClassTemplateSpecializationDecl CXXConstructorDecl'''.split())
 
 
 @dataclass
 class Message:
-    "An error of clang, with the notes that follow it."
+    "An error or a warning of clang, with the notes that follow it."
     line: int  # of the source; 0 if unknown
     text: str
+    is_error: bool = True
     notes: list[str] = field(default_factory=list)
 
 
@@ -81,18 +83,17 @@ def number(node: Node) -> int | None:
 
 
 def messages(printed: str) -> Iterator[Message]:
-    "Collect errors; the place of one in our header is that of the line which led there."
+    "Collect errors; the place of one in our header is that of the line which led there. Warnings are left out."
     message = None
-    for place, line, kind, text in re.findall(r'^(\S+?):(\d+):\d+: (error|fatal error|note): (.*)$', printed, re.M):
-        if kind != 'note':
-            if message:
-                yield message
-            message = Message(int(line) if place == FILE else 0, text)
-        elif message:
+    for place, line, kind, text in MESSAGE.findall(printed):
+        if kind == 'note':
             message.notes.append(text)
-            if not message.line and place == FILE:
-                message.line = int(line)
-    if message:
+            message.line = message.line or (int(line) if place == FILE else 0)
+            continue
+        if message and message.is_error:
+            yield message
+        message = Message(int(line) if place == FILE else 0, text, kind != 'warning')
+    if message and message.is_error:
         yield message
 
 
