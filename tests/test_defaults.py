@@ -5,16 +5,20 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
 
 from support.engines import greedy, model  # noqa: F401
+from tinyvllm import metalsim
 from tinyvllm.engine.args import count_token_ops
 from tinyvllm.engine.llm import LLM
 from tinyvllm.errors import BadInput
 from tinyvllm.kernels.metal import find_refusal
 from tinyvllm.kv_cache.paged import PagedKVCache, paged_attend
+from tinyvllm.metalsim import capturing
+from tinyvllm.metalsim.source import signatures
 from tinyvllm.models.fused import fused, state_of
 from tinyvllm.models.llama import Llama, dense_attend
 from tinyvllm.quant.pack import warn_once
@@ -59,19 +63,20 @@ def on_metal(model):
 
 
 @pytest.fixture(scope='module')
-def portable(on_metal):
-    cache = PagedKVCache(on_metal, 32)
-    llm = LLM(on_metal, cache=cache, attend=paged_attend, runner=EagerRunner(on_metal, cache, paged_attend))
+def portable(model):
+    cache = PagedKVCache(model, 32)
+    llm = LLM(model, cache=cache, attend=paged_attend, runner=EagerRunner(model, cache, paged_attend))
     return [out.outputs[0].token_ids for out in llm.generate(PROMPTS, greedy(4), use_tqdm=False)]
 
 
 @simulated
 @pytest.mark.parametrize('kernel, runner, why', [
     ('nothing', 'JitRunner', None),
-    ('paged_decode', 'JitRunner', 'attention runs in portable operations'),
+    pytest.param('paged_decode', 'JitRunner', 'attention runs in portable operations', marks=pytest.mark.slow),
     ('merge_partials', 'JitRunner', 'attention runs in portable operations'),    # only long contexts need it
     ('publish', 'EagerRunner', 'steps run one kernel after the other, and the host samples'),
-    ('apply_constraints', 'EagerRunner', 'steps run one kernel after the other, and the host samples'),
+    pytest.param('apply_constraints', 'EagerRunner', 'steps run one kernel after the other, and the host samples',
+                 marks=pytest.mark.slow),
     ('rope_write', 'JitRunner', 'METAL takes the slow, portable path'),
     ('linear_lanes', 'JitRunner', 'METAL takes the slow, portable path')])
 def test_what_the_driver_refuses_runs_in_portable_operations(kernel, runner, why, on_metal, portable, monkeypatch):
@@ -84,6 +89,19 @@ def test_what_the_driver_refuses_runs_in_portable_operations(kernel, runner, why
         assert answers(fused(on_metal)) == (portable, runner)
     find_refusal.cache_clear()
     assert [why in str(w.message) and f'kernel {kernel} cannot run on METAL' in str(w.message) for w in told] == [True] * bool(why)
+
+
+@simulated
+def test_each_kernel_of_an_engine_declares_the_threads_that_it_is_launched_with(on_metal):
+    with capturing() as sources, metalsim.counting() as dispatches:
+        LLM(fused(on_metal), num_blocks=32).generate(PROMPTS[0], greedy(2), use_tqdm=False)
+    ours = {name: source for source, names in sources.items() for name in names if '#line 1 "' in source}
+    launched = {d.name: prod(d.threads) for d in dispatches if d.name in ours}
+    assert {'prepare', 'linear_lanes', 'rope_write', 'paged_decode', 'sample', 'publish'} <= {*launched}
+    declared = {name: {k.max_threads for source, names in sources.items() if name in names for k in signatures(source)}
+                for name in launched}
+    assert all(threads in declared[name] for name, threads in launched.items())
+    assert all('[[max_total_threads_per_threadgroup(' in source for source in ours.values())
 
 
 @simulated
@@ -108,7 +126,7 @@ model = tiny(1)
 state = {name: x.to('METAL').realize() for name, x in t.state_of(model).items()}
 with warnings.catch_warnings(record=True) as told, capturing() as sources:
     warnings.simplefilter('always')
-    found = [t.answers(make(t.Llama(model.config, state))) for make in (lambda m: m, t.fused)]
+    found = t.answers(t.fused(t.Llama(model.config, state)))
 print(json.dumps([found, [str(w.message) for w in told], sources.kernels]))
 """
 
@@ -117,10 +135,11 @@ print(json.dumps([found, [str(w.message) for w in told], sources.kernels]))
 @pytest.mark.parametrize('family', ['Apple5', pytest.param('Mac2', marks=pytest.mark.slow)])
 def test_a_gpu_before_the_m1_gets_portable_operations(family, portable):
     environment = {**os.environ, 'METALSIM_ARCH': family, 'PYTHONPATH': str(ROOT)}
+    environment |= dict(METALSIM_CHECK='0', METALSIM_LINT='0')
     done = subprocess.run([sys.executable, '-c', OLD, str(ROOT / 'tests')], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found, told, kernels = json.loads(done.stdout)
-    assert found == [[portable, 'EagerRunner']] * 2
+    assert found == [portable, 'EagerRunner']
     assert told == ['our kernels need a GPU of family Apple7 (M1) or later, and this one is '
                     f'{family}: portable operations run in their place']
     assert not {'publish', 'sample', 'linear_lanes', 'paged_decode', 'rope_write', 'kv_write'} & {*kernels}
