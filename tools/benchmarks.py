@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / 'benchmarks'
 SUBJECTS = {
     'Memory': ['bandwidth', 'load'],
-    'Kernels': ['kernels', 'flash_sweep', 'cpu_kernels', 'cpu_linear', 'gpu_linear', 'sampler'],
+    'Kernels': ['kernels', 'flash_sweep', 'registers', 'cpu_kernels', 'cpu_linear', 'gpu_linear', 'sampler'],
     'The engine': ['scheduler', 'host', 'runner', 'chunked', 'metrics'],
     'Quality': ['quant_quality', 'json_schemas', 'control'],
     'The server': ['serve_speed', 'serve_load'],

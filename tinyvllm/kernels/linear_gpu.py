@@ -53,7 +53,7 @@ def rung_of(
         few = min(few, 32)
     return rung if x.shape[0] <= few else 'tiles'
 
-# %% ../../nbs/08ca_products.ipynb #34ab7f86
+# %% ../../nbs/08ca_products.ipynb #2da0c92a
 def plan(
     rung: str, # 'lanes', 'stream' or 'tiles'
     device: str, # METAL or CUDA
@@ -64,7 +64,7 @@ def plan(
     **sizes: int, # in place of those of the tables
 ) -> Plan: # threadgroups, threads, constants
     "How the work is cut."
-    if rung == 'lanes': return lanes_plan(device, T, rows, gated, **sizes)
+    if rung == 'lanes': return lanes_plan(device, T, rows, gated, bits, **sizes)
     if rung == 'stream': return stream_plan(T, rows, gated, bits, **sizes)
     return tiles_plan(device, T, rows, gated, **sizes)
 

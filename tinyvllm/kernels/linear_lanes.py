@@ -68,7 +68,7 @@ inlined float4 four(thread const piece& p, int i) { return float4(as_type<char4>
 '''}
 AFFINE = dict.fromkeys(('f32', 'f16'), '(v)') | dict.fromkeys(('int8', 'q6_k'), '((v) * p.a)')
 
-# %% ../../nbs/08a_linear_gpu.ipynb #64cfcdb6
+# %% ../../nbs/08a_linear_gpu.ipynb #28dae1e8
 NIBBLES = '''
 #define STEP 32
 struct piece { uint4 codes; float a, b; };
@@ -82,11 +82,12 @@ inlined float4 four(thread const piece& p, int i) {
   const uint c = p.codes[i % 4] >> (i / 4 * 4);
   return float4(uint4(c, c >> 8, c >> 16, c >> 24) & 15u);
 }
-// Without shifts: a code where it stands in its word. What it is multiplied with is divided by its place.
+// No shifts: codes where they stand in their word, times numbers divided by as much.
 #define PLACES(i) (float4(1.0f, 0.00390625f, 1.52587890625e-5f, 5.9604644775390625e-8f) \\
                    * ((i) < 4 ? 1.0f : 0.0625f))
 inlined float4 in_place(thread const piece& p, int i) {
-  return float4(uint4(p.codes[i % 4]) & (uint4(0xfu, 0xf00u, 0xf0000u, 0xf000000u) << (i / 4 * 4)));
+  const uint4 masks = uint4(0xfu, 0xf00u, 0xf0000u, 0xf000000u) << (i / 4 * 4);
+  return float4(uint4(p.codes[i % 4]) & masks);
 }
 '''
 SCALES = {'scale': '''p.a = float(scales[row * (K / GROUP) + k / GROUP]);
@@ -262,7 +263,7 @@ kernel void linear_lanes(PARAMETERS, uint2 group [[threadgroup_position_in_grid]
     }
 }'''
 
-# %% ../../nbs/08a_linear_gpu.ipynb #bade040e
+# %% ../../nbs/08a_linear_gpu.ipynb #93f270f2
 LANES_TOKENS = 8                         # at most, on METAL; then tiles
 PAD = 32                                 # halves between two tokens in shared memory, for the banks
 
@@ -279,12 +280,14 @@ def lanes_kernel(
 def lanes_sizes(
     device: str, # METAL or CUDA
     T: int, # tokens
+    bits: int = 16, # of a weight
 ) -> dict[str, int]: # constants of the kernel
     "Simdgroups to a threadgroup, rows to a simdgroup, tokens at a time."
     if device == 'CUDA': return dict(SIMDS=8, ROWS=2, UNROLL=2, TOKENS=min(T, 4))
-    return dict(SIMDS=2, ROWS=4 if T <= 2 else 2, UNROLL=1, TOKENS=min(T, LANES_TOKENS))
+    few = T <= 2 and bits != 6    # a piece of six bits takes nine registers
+    return dict(SIMDS=2, ROWS=4 if few else 2, UNROLL=1, TOKENS=min(T, LANES_TOKENS))
 
-# %% ../../nbs/08a_linear_gpu.ipynb #91b32c72
+# %% ../../nbs/08a_linear_gpu.ipynb #6c7ef518
 Plan = tuple[tuple[int, ...], int, dict[str, int]]   # threadgroups, threads in each, constants
 
 def lanes_plan(
@@ -292,10 +295,11 @@ def lanes_plan(
     T: int, # tokens
     rows: int, # of the matrix
     gated: bool, # two rows for an output
+    bits: int = 16, # of a weight
     **sizes: int, # in place of those of the table
 ) -> Plan:
     "How the work is cut."
-    c = lanes_sizes(device, T) | dict(TOTAL=T) | sizes
+    c = lanes_sizes(device, T, bits) | dict(TOTAL=T) | sizes
     each = 2 if gated else 1
     groups = -(-rows // each // (c['SIMDS'] * c['ROWS'] // each))
     return (groups, -(-T // c['TOKENS'])), 32 * c['SIMDS'], c

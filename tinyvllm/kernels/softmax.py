@@ -163,14 +163,14 @@ def decode_sizes(
                 UNROLL=UNROLL.get(device, 1),
                 RESIDENT=2 if q.dtype == dtypes.half else 1)
 
-# %% ../../nbs/06a_softmax.ipynb #0c18b58b
+# %% ../../nbs/06a_softmax.ipynb #98c74134
 def launch_decode(
     kernel: Kernel, # `DECODE`, or a variant with the same buffers
     out: Tensor, # a buffer to write
     inputs: tuple[Tensor, ...], # q, k, v, tables, owners, positions
     c: dict, # constants, from `decode_sizes`
 ) -> Tensor: # the buffer, written
-    "Launch a threadgroup for each token, KV head (or eight heads of it) and part."
+    "Launch a threadgroup for each token, KV head (or four heads of it) and part."
     q, k, *_ = inputs
     (T, H, D), keys = q.shape, min(q.shape[0] * c['B'], k.shape[0]) * c['S']   # tables may be full
     return kernel(out, *inputs, grid=(H // c['HEADS'], T, c['PARTS']), threads=(32 * c['SIMDS'],),
