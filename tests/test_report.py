@@ -150,8 +150,10 @@ def test_an_interrupted_run_is_completed(tmp_path):
 
 KILLED = """
 import os, signal, sys
+from tinyvllm.cli import report_sections
 from tinyvllm.cli.report import write_report
 from tinyvllm.cli.report_sections import Plan, Section
+report_sections.source_digest = lambda: sys.argv[2]
 parts = {'a': lambda tick: {}, 'b': lambda tick: os.kill(os.getpid(), signal.SIGKILL)}
 write_report(sys.argv[1], Plan('CPU'), sections=(Section('work', lambda plan: parts, 60),))
 """
@@ -159,7 +161,7 @@ write_report(sys.argv[1], Plan('CPU'), sections=(Section('work', lambda plan: pa
 
 def test_a_killed_run_leaves_a_valid_file(tmp_path):
     path, calls = tmp_path / 'mac.json', []
-    done = subprocess.run([sys.executable, '-c', KILLED, path], capture_output=True)
+    done = subprocess.run([sys.executable, '-c', KILLED, path, identity(PLAN)['source']], capture_output=True)
     assert done.returncode == -signal.SIGKILL and read(path)['sections']['work']['a']['ok']
     assert read(path)['sections']['work']['b'] == dict(attempts=1)
     found = write_report(path, PLAN, sections=sections(calls, a={}, b={}))
@@ -333,10 +335,11 @@ def test_what_is_unusual_about_a_machine_is_said(change, no_metal, says):
 
 def test_messages_lose_folders_and_names(monkeypatch):
     monkeypatch.setenv('HOME', '/Users/jane')
+    monkeypatch.setattr(Path, 'cwd', lambda: Path('/Users/jane doe'))
     monkeypatch.setenv('USER', 'jane')
     monkeypatch.setattr(platform, 'node', lambda: 'janes-mac.local')
     for text, clean in [
-            ('/Users/jane/tinyvllm/kernels/cpu.py:3: no', 'cpu.py:3: no'), ('"/private/var/folders/x1/a.metal", line 2', '"a.metal", line 2'),
+            ('/Users/jane/tinyvllm/kernels/cpu.py:3: no', 'cpu.py:3: no'), ('/Users/jane doe/x.c:1', 'x.c:1'), ('"/private/var/folders/x1/a.metal", line 2', '"a.metal", line 2'),
             ('in ~/work/x.py', 'in x.py'), ('jane on janes-mac.local', 'NAME on NAME'), ('error 0.2, 3/4 of 16 KB/s', 'error 0.2, 3/4 of 16 KB/s'),
             ('see https://example.org/a/b', 'see https://example.org/a/b'), ('janet stays', 'janet stays')]:
         assert remove_private(text) == clean
@@ -352,6 +355,7 @@ def test_simulated_metal_has_no_times(tmp_path, monkeypatch):
     assert results['simd.kv_write float16']['us'] is None and results['simd.kv_write float16']['gbps'] is None
     parts = found.content['sections']
     assert all('skipped' in parts[name]['all'] for name in ('bandwidth', 'engines', 'goldens', 'counts', 'rungs'))
+    assert 'rungs      skipped: METAL is simulated here' in format_summary(found)
     assert results['machine']['gpu_family'].startswith('Apple')
 
 

@@ -2,7 +2,8 @@
 
 A report has sections, a section has parts. The file is replaced as a whole after each part: a run that was interrupted
 goes on where it stopped, if machine, device, versions and source are the same. A part that fails is written down, and
-the rest goes on; one that ends the process is tried once more. A section ends with its time; the parts that it leaves are run next time.
+the rest goes on; one that ends the process is tried once more. A section ends with its time, and the parts that it
+leaves are run next time.
 """
 import json
 import os
@@ -12,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date
 from math import isfinite
 from pathlib import Path
 
@@ -64,8 +65,7 @@ class Report:
         stored = read_report(self.path) if self.path.exists() else None
         if stored and not restart:
             self.check_same(stored['about'], about)
-        begun = datetime.now().astimezone().isoformat(timespec='seconds')
-        fresh = dict(format=FORMAT, version=VERSION, date=begun[:10], about=about, sections={})
+        fresh = dict(format=FORMAT, version=VERSION, date=date.today().isoformat(), about=about, sections={})
         self.content = stored if stored and not restart else fresh
         self.write()
 
@@ -154,17 +154,17 @@ def run_task(
     def tick():
         if time.monotonic() > start + task.budget:
             raise OutOfTime
-    try:
-        tick()
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter('always')
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter('always')
+        try:
+            tick()
             result = dict(ok=True) | task.run(tick)
-        if warned:   # such as a kernel that was refused, so that portable operations run
-            result['warnings'] = [remove_private(str(w.message)) for w in warned]
-    except OutOfTime:
-        result = dict(stopped=f'after {time.monotonic() - begun:.0f} s: the time of this section was over')
-    except Exception as error:   # whatever a compiler, a driver or a kernel raises
-        result = dict(ok=False, error=str(error).strip() or type(error).__name__)
+        except OutOfTime:
+            result = dict(stopped=f'after {time.monotonic() - begun:.0f} s: the time of this section was over')
+        except Exception as error:   # whatever a compiler, a driver or a kernel raises
+            result = dict(ok=False, error=str(error).strip() or type(error).__name__)
+    if warned:   # such as a kernel that was refused, so that portable operations run
+        result['warnings'] = [remove_private(str(w.message)) for w in warned]
     for key, value in result.items():
         if key in ('error', 'wrong', 'note'):
             result[key] = remove_private(value)
@@ -175,7 +175,8 @@ def run_task(
 
 def remove_private(text: str) -> str:
     "Remove folders, the user's name and the host's name from a message."
-    text = text.replace(str(Path.home()), '~')
+    for folder in Path(__file__).parents[2], Path.cwd(), Path.home():   # they may hold spaces
+        text = text.replace(f'{folder}/', '/')
     text = re.sub(r'''(?<![\w/.:])~?/(?:[^\s/'"():,]+/)*''', '', text)
     names = {Path.home().name, os.environ.get('USER'), os.environ.get('LOGNAME'), platform.node(),
              platform.node().partition('.')[0]}
@@ -209,11 +210,14 @@ def format_summary(report: Report) -> str:
     for section, parts in report.content['sections'].items():
         seconds = sum(result.get('seconds', 0) for result in parts.values())
         right = sum(result.get('ok') is True for result in parts.values())
-        lines.append(f'{section:10} {right:3} of {len(parts)} right' + (f', {seconds:.0f} s' if seconds else ''))
+        skipped = next((result['skipped'] for result in parts.values() if 'skipped' in result), None)
+        took = f', {seconds:.0f} s' if seconds else ''
+        found = f'skipped: {skipped}' if skipped else f'{right:3} of {len(parts)} right{took}'
+        lines.append(f'{section:10} {found}')
     lines += [f'wrong: {name}: {why.splitlines()[0][:200]}' for name, why in report.wrong.items()]
     if report.stopped:
         lines.append(f'no time for {"; ".join(report.stopped)}: the same command again goes on there')
-    lines += [f'{report.path} is complete. Please attach it to an issue: {ISSUES}' if not report.stopped else
-              f'{report.path} holds the rest. Please attach it to an issue: {ISSUES}',
+    held = 'holds the rest' if report.stopped else 'is complete'
+    lines += [f'{report.path} {held}. Please attach it to an issue: {ISSUES}',
               'It holds no user name, host name or folder; read it first if you like.']
     return '\n'.join(lines)
