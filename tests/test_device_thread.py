@@ -429,19 +429,18 @@ def serve_and_drop(folder):
 @metal
 def test_a_dropped_kernel_ends_all_requests_and_the_server(shallow):
     "Not one waits for ever, not one gets other tokens than its own, and the exit code is 1."
-    process = on_metal('serve_and_drop', shallow)
-    try:
-        line = process.stderr.readline()
-        url = next(word for word in line.replace(',', ' ').split() if word.startswith('http://'))
-        eventually(lambda: ask(url, [3, 1, 4])[0] == 200, seconds=SLOW)
-        good = ask(url, [3, 1, 4])
-        with ThreadPoolExecutor(3) as pool:
+    with on_metal('serve_and_drop', shallow) as process, ThreadPoolExecutor(4) as pool:
+        try:
+            line = process.stderr.readline()
+            log = pool.submit(process.stderr.read)    # a pipe that is full would hold the process up
+            url = next(word for word in line.replace(',', ' ').split() if word.startswith('http://'))
+            eventually(lambda: ask(url, [3, 1, 4])[0] == 200, seconds=SLOW)
+            good = ask(url, [3, 1, 4])
             replies = list(pool.map(partial(ask, url), ([POISON], [3, 1, 4], [3, 1, 4])))
-        assert process.wait(PATIENCE) == 1
-        err = process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
+            assert process.wait(PATIENCE) == 1
+        finally:
+            process.kill()
+    err = log.result()
     (status, _), *others = replies
     assert status == 500 and all(other[0] in (500, 503) or other == good for other in others)
     assert 'has ended and left no tokens: the device has dropped a kernel' in err and 'the engine has died' in err
