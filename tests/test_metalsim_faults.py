@@ -1,4 +1,4 @@
-"What goes wrong in a kernel while it runs, and what the simulator says: faults, overruns, alignment, ranges, publication, denormals."
+"Faults of kernels that run, and what is said: division, overruns, alignment, ranges, publication, denormals."
 import mmap
 import sys
 
@@ -10,8 +10,8 @@ from tinyvllm.metalsim import Library, MetalError, launching
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='a Mac has the real one')
 CHECKS = pytest.mark.parametrize('check', [True, False], ids=['checked', 'plain'])
-DIVIDE = TOP + """kernel void divide(device T* o, device const T* a, device const T* b, uint i [[thread_position_in_grid]]) {
-  o[i] =
+DIVIDE = TOP + """kernel void divide(device T* o, device const T* a, device const T* b,
+                  uint i [[thread_position_in_grid]]) { o[i] =
     a[i] OP b[i];
 }
 """
@@ -49,7 +49,8 @@ def test_the_smallest_number_by_minus_one_is_told_too(kind, op):
 
 
 def test_a_division_without_checks_gives_zero():
-    text = TOP + ('kernel void both(device int* o, device const int* a) {\n  threadgroup_barrier(mem_flags::mem_none);\n'
+    text = TOP + ('kernel void both(device int* o, device const int* a) {\n'
+                  '  threadgroup_barrier(mem_flags::mem_none);\n'
                   '  o[0] = 7 / a[0];\n  o[1] = 7 % a[0];\n  o[2] = a[1] / a[0] + a[2];\n}\n')
     out = np.full(3, 99, np.int32)
     Library(text, check=False)['both']([out, np.array([0, 8, 5], np.int32)], (1,), (1,))
@@ -288,3 +289,19 @@ def test_a_sum_in_half_loses_what_one_in_float_keeps(check):
         Library(text.replace('T sum', f'{kind} sum'), check)['add']([out, np.ones(4096, np.float16), 4096], (1,), (1,))
         found.append(float(out[0]))
     assert found == [2048, 4096]
+
+
+# ---------------------------------------------------------------- launches that others make
+@CHECKS
+def test_a_block_changes_how_kernels_are_launched(check):
+    text = TOP + ('kernel void where(device int* o, uint2 g [[threadgroup_position_in_grid]], '
+                  'uint2 n [[threadgroups_per_grid]]) { o[g.y * n.x + g.x] += 1; }\n')
+    kernel, out = Library(text, check)['where'], np.zeros((5, 4), np.int32)
+    with launching('where', origin=(2, 3, 0)), launching('another', origin=(9, 9, 9)):
+        kernel([out], (4, 5), (1,))
+    assert out.tolist() == [[0] * 4] * 3 + [[0, 0, 1, 1]] * 2
+    kernel([out], (4, 5), (1,))
+    assert out.sum() == 24
+    if check:
+        with launching(publish=(0, 4, 4)), pytest.raises(MetalError, match='another threadgroup has written'):
+            kernel([out], (4, 5), (1,))

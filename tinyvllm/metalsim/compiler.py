@@ -33,8 +33,9 @@ PLAIN = ['-O2']
 # Scalars are left as they stand in the source, and what is not initialised holds a pattern. An index is compared
 # with the array's size, and an access through a pointer with what is left of the array, where clang can tell.
 CHECKED = ['-O1', '-gline-tables-only', '-Xclang',
-           '-fsanitize=thread,array-bounds,local-bounds,integer-divide-by-zero', '-Xclang', '-fsanitize-trap=local-bounds',
-           '-fno-vectorize', '-fno-slp-vectorize', '-ftrivial-auto-var-init=pattern',
+           '-fsanitize=thread,array-bounds,local-bounds,integer-divide-by-zero',
+           '-Xclang', '-fsanitize-trap=local-bounds', '-fno-vectorize', '-fno-slp-vectorize',
+           '-ftrivial-auto-var-init=pattern',
            '-fwrapv']  # an index that overflows is wrong here, and not widened in silence
 WRAP = '-Wl,--wrap=memcpy,--wrap=memmove,--wrap=memset'  # clang 14 does not rename what it instruments
 

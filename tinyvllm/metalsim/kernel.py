@@ -90,8 +90,8 @@ class Library:
 
     def __getitem__(self, name: str) -> 'Kernel':
         if self.missing:
-            raise MetalError(f"{self.name}: function constants without a value: {', '.join(self.missing)}; tinygrad has "
-                             'no way to set them, `Library(source, constants={0: value})` has')
+            raise MetalError(f"{self.name}: function constants without a value: {', '.join(self.missing)}; tinygrad "
+                             'has no way to set them, `Library(source, constants={0: value})` has')
         if name not in self.signatures:
             raise MetalError(f"{self.name} has no kernel '{name}'; it has {', '.join(self.signatures) or 'none'}")
         return Kernel(self, self.signatures[name])

@@ -752,7 +752,8 @@ extern "C" int msl_launch(const Launch* l) { // 0, or 1 with the reason in msl_e
     if (num_threads == 0 || num_threads > MAX_THREADS)
         set_error("%u threads in a threadgroup (1..%d allowed)", num_threads, MAX_THREADS);
     Processor processor;
-    if (l->flat) ((void (*)(void* const*, const uint*, const uint*, const uint*))l->entry)(l->buffers, l->ntg, l->tgsz, l->origin);
+    typedef void Flat(void* const* buffers, const uint* groups, const uint* threads, const uint* origin);
+    if (l->flat) ((Flat*)l->entry)(l->buffers, l->ntg, l->tgsz, l->origin);
     else if (!failed && bind()) run_groups();
     msl_cur = 0;
     if (l->check && l->word.hi && !published)

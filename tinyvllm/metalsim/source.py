@@ -86,7 +86,7 @@ class Signature:
     def call(self) -> str:
         "Statements that run the current thread; a template is chosen before its arguments are seen."
         arguments = ', '.join(p.argument() for p in self.parameters)
-        return f'auto kernel_function = &{self.function or self.name}; kernel_function({arguments})'
+        return f'auto kernel_function = &::{self.function or self.name}; kernel_function({arguments})'
 
     @property
     def symbol(self) -> str:

@@ -91,7 +91,8 @@ def declarations(text: str, kinds: str) -> str:
         if m.start() < done or text[end + 1:].lstrip()[:1] not in (';', ',') or a_parameter.match(text, m.end()):
             continue
         if text[m.end():end].strip() and not re.search(r'\breturn\s*$|\bnew\s*$', text[:m.start()]):
-            out.append(f'{text[done:m.start()]}{m.group(1)} {m.group(2)} = msl_mk<{m.group(1)}>{text[m.end() - 1:end + 1]}')
+            kind, name = m.groups()
+            out.append(f'{text[done:m.start()]}{kind} {name} = msl_mk<{kind}>{text[m.end() - 1:end + 1]}')
             done = end + 1
     return ''.join(out) + text[done:]
 
