@@ -30,7 +30,9 @@ TAKEN = [  # errors of clang about what Metal takes: pattern of the message and 
     (r'scalar operand type has greater rank than the type of the vector element', 'MSL 3.1: it is converted'),
     (r'excess elements in (?:scalar|vector) initializer', 'MSL 2.2.1: vec<T, N>(a, b, c, d)'),
     (r'too few elements in vector initialization', 'MSL 2.2.1: the rest is 0'),
-    (r'C-style cast from vector', 'MSL 2.2.1: vectors are converted'),
+    (r'C-style cast from vector|static_cast from .*vector of', 'MSL 2.2.1: vectors are converted'),
+    (r'bit-fields are not supported', 'C++'),
+    (r"use of overloaded operator '\[\]' is ambiguous", 'MSL 2.3: a column of a matrix that is in no memory'),
     (r"invalid vector element type 'bool'", 'MSL 2.2: bool2'),
     (r"'[^']*\bbool[234]\b|bool[234]'", 'MSL 2.2: comparisons make vectors of bool, in OpenCL of int'),
     (r"from 'const __constant (\w+)\b[^']*' to '__constant \1 \*", 'MSL 4.3: what is constant is const anyway'),
@@ -72,14 +74,16 @@ def refused(unit: Unit) -> Complaints:
     "Pass on clang's errors: address spaces, narrowing, arrays of unknown size, names and overloads that are not there."
     for message in unit.messages:
         whole = '\n'.join([message.text, *message.notes])
-        if not any(re.search(pattern, whole) for pattern, _ in TAKEN) and not is_construction(unit, message):
+        if not any(re.search(pattern, whole) for pattern, _ in TAKEN) and not is_taken_here(unit, message):
             yield message.line, in_words_of_metal(message.text)
 
 
-def is_construction(unit: Unit, message: Message) -> bool:
-    "Is the error about `float4 x(y)`, which converts y as `float4(y)` does? MSL 2.2.1."
-    here = unit.lines[message.line - 1] if message.text.startswith('cannot initialize a variable') else ''
-    return re.search(r'\b[a-z]+[234]\s+\w+\s*\(', here) is not None
+def is_taken_here(unit: Unit, message: Message) -> bool:
+    "Is it about `float4 x(y)`, which converts y (MSL 2.2.1), or about a sampler outside of functions (MSL 2.10)?"
+    here = unit.lines[message.line - 1] if message.line else ''
+    if message.text.startswith('cannot initialize a variable'):
+        return re.search(r'\b[a-z]+[234]\s+\w+\s*\(', here) is not None
+    return message.text.startswith('program scope variable') and re.search(r'\bsampler\b', here) is not None
 
 
 def in_words_of_metal(text: str) -> str:

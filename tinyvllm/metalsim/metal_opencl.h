@@ -8,6 +8,8 @@
 #define threadgroup __local
 #define thread __private
 #define kernel __attribute__((annotate("kernel")))
+#define vertex __attribute__((annotate("vertex")))
+#define fragment __attribute__((annotate("fragment")))
 #define METAL_FUNC inline __attribute__((always_inline))
 #define coherent(scope)
 // Words of OpenCL that are plain names in Metal.
@@ -44,6 +46,8 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
 typedef unsigned long size_t;
+typedef unsigned long uintptr_t;
+typedef long intptr_t;
 typedef long ptrdiff_t;
 typedef char int8_t;
 typedef unsigned char uint8_t;
@@ -352,17 +356,20 @@ template <class T, int N> T distance(metal_vec<T, N>, metal_vec<T, N>);
 template <class T, int N> T distance_squared(metal_vec<T, N>, metal_vec<T, N>);
 template <class T> metal_vec<if_float<T>, 3> cross(metal_vec<T, 3>, metal_vec<T, 3>);
 template <class T, int N> metal_vec<if_float<T>, N> reflect(metal_vec<T, N>, metal_vec<T, N>);
+template <class T, int N> metal_vec<if_float<T>, N> refract(metal_vec<T, N>, metal_vec<T, N>, same_t<T>);
+template <class T, int N> metal_vec<if_float<T>, N> faceforward(metal_vec<T, N>, metal_vec<T, N>, metal_vec<T, N>);
 
 // ---------------------------------------------------------------- any number, and whole numbers
 #define N1(name, T) EACH_SIZE(ONE, name, T)
 #define N2(name, T) EACH_SIZE(TWO, name, T)
 #define N3(name, T) EACH_SIZE(THREE, name, T)
 #define NUMBER(T) N1(abs, T) N2(min, T) N2(max, T) N3(clamp, T) N3(min3, T) N3(max3, T) N3(median3, T)
+#define EXTRACT(name, T) T name(T, uint, uint);
+#define INSERT(name, T) T name(T, T, uint, uint);
 #define WHOLE(T) \
     N2(absdiff, T) N2(addsat, T) N2(subsat, T) N2(hadd, T) N2(rhadd, T) N2(mulhi, T) N2(rotate, T) N3(madhi, T) \
     N3(madsat, T) N1(clz, T) N1(ctz, T) N1(popcount, T) N1(reverse_bits, T) \
-    T extract_bits(T, uint, uint); \
-    T insert_bits(T, T, uint, uint);
+    EACH_SIZE(EXTRACT, extract_bits, T) EACH_SIZE(INSERT, insert_bits, T)
 #define EACH_WHOLE(M) M(char) M(uchar) M(short) M(ushort) M(int) M(uint) M(long) M(ulong)
 EACH_WHOLE(NUMBER) EACH_WHOLE(WHOLE) NUMBER(float) NUMBER(half) NUMBER(bfloat)
 int mul24(int, int);
@@ -448,6 +455,10 @@ template <class T, int C, int R> struct matrix {
     template <class... A> explicit matrix(column, column, A...);
     template <class... A> explicit matrix(T, T, A...);
     SUBSCRIPT(column)
+    thread matrix& operator*=(T) thread;
+    thread matrix& operator*=(matrix) thread;
+    thread matrix& operator+=(matrix) thread;
+    thread matrix& operator-=(matrix) thread;
 };
 template <class T, int C, int R> matrix<T, C, R> operator*(matrix<T, C, R>, same_t<T>);
 template <class T, int C, int R> matrix<T, C, R> operator*(same_t<T>, matrix<T, C, R>);
@@ -612,6 +623,8 @@ template <class T, class P> struct texture {
     uint get_width(uint = 0) const;
     uint get_height(uint = 0) const;
     uint get_depth(uint = 0) const;
+    uint get_array_size() const;
+    uint get_num_mip_levels() const;
 };
 template <class T, access A = access::sample> struct texture1d : texture<T, uint> {
     vec<T, 4> sample(sampler, float) const;
@@ -623,8 +636,30 @@ template <class T, access A = access::sample> struct texture3d : texture<T, uint
     vec<T, 4> sample(sampler, float3) const;
 };
 template <class T, access A = access::read> struct texture_buffer : texture<T, uint> {};
+template <class T, access A = access::sample> struct texture2d_array : texture<T, uint2> {
+    vec<T, 4> read(uint2, uint, uint = 0) const;
+    void write(vec<T, 4>, uint2, uint, uint = 0) const;
+    vec<T, 4> sample(sampler, float2, uint) const;
+};
+template <class T, access A = access::sample> struct texturecube : texture<T, uint2> {
+    vec<T, 4> sample(sampler, float3) const;
+};
+template <class T, access A = access::sample> struct depth2d : texture<T, uint2> {
+    T read(uint2, uint = 0) const;
+    T sample(sampler, float2) const;
+};
 
 // ---------------------------------------------------------------- the rest
+#define PACKS(kind, n, word) \
+    word pack_float_to_##kind(metal_vec<float, n>); \
+    word pack_half_to_##kind(metal_vec<half, n>); \
+    metal_vec<float, n> unpack_##kind##_to_float(word); \
+    metal_vec<half, n> unpack_##kind##_to_half(word);
+PACKS(unorm4x8, 4, uint) PACKS(snorm4x8, 4, uint) PACKS(unorm2x16, 2, uint) PACKS(snorm2x16, 2, uint)
+template <class F> struct visible_function_table {
+    uint size() const;
+    F* operator[](uint) const;
+};
 template <class T> using metal_uniform = T;
 template <class T> T make_uniform(T);
 struct os_log {

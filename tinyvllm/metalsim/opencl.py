@@ -35,7 +35,8 @@ VARIABLE = re.compile(r'\s*(?:alignas\s*\([^()]*\)\s*)?(?:const\s+)?(.*?)([A-Za-
                       r'(?:__attribute__\s*\(.*\)\s*)?$', re.DOTALL)
 STANDARD_ATTRIBUTES = {'unlikely', 'likely', 'fallthrough', 'maybe_unused', 'nodiscard', 'deprecated', 'noreturn'}
 NUMBERED_ATTRIBUTES = {'buffer', 'threadgroup'}
-FLOAT = re.compile(r'(?<![\w.])(?:(?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)(?![\w.])')  # without a suffix
+# A number without a suffix, which would be double in a template, or with the one of bfloat.
+FLOAT = re.compile(r'(?<![\w.])((?:\d+\.\d*|\.\d+)(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)(bf|BF)?(?![\w.])')
 FUNCTION_POINTER = re.compile(r'[\w:<>&*\s]+?\(\s*\*\s*(\w+)\s*\)\s*\([^()]*\)')
 FUNCTION_CONSTANT = re.compile(r'(__attribute__\(\(annotate\("function_constant"\)\)\)\s*);')
 
@@ -49,7 +50,8 @@ def dialect(
 ) -> str: # the same in C++ for OpenCL, line by line
     "Rewrite what clang reads in another way: headers, numbers, attributes, declarations of threadgroup variables."
     text = LINE_DIRECTIVE.sub('', METAL_HEADER.sub(r'\1', strip_comments(source)))
-    text = ATTRIBUTES.sub(annotations, FLOAT.sub(r'\g<0>f', text))
+    text = FLOAT.sub(lambda m: f'bfloat({m[1]}f)' if m[2] else f'{m[1]}f', text)
+    text = ATTRIBUTES.sub(annotations, text)
     text = FUNCTION_CONSTANT.sub(r'\1 = {};', text)
     return storage(re.sub(r'(?<=\btemplate)(\s*<[^{};]*?>)(?=\s*(?:\w|\[|//))', function_parameters, text))
 
