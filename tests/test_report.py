@@ -20,6 +20,7 @@ from tinyvllm.cli.main import main, parser
 from tinyvllm.cli.measurements import Workload
 from tinyvllm.cli.report import FORMAT, ISSUES, VERSION, OutOfTime, format_summary, remove_private, write_report
 from tinyvllm.cli.report_sections import SECTIONS, Plan, Section, counting_syncs, identity, unusual
+from tinyvllm.device import MetalGPU
 from tinyvllm.errors import BadInput
 from tinyvllm.measure import LadderRow, read_rows
 from tinyvllm.reference.generate import answer_logits, generate
@@ -331,6 +332,19 @@ def test_what_is_unusual_about_a_machine_is_said(change, no_metal, says):
     notes = list(unusual(FACTS | change, no_metal))
     assert len(notes) == len(says) and all(word in note for word, note in zip(says, notes))
     assert not any('the device is' in note for note in notes)    # DEV may say otherwise
+
+
+def test_facts_of_a_mac_come_from_its_own_tools(monkeypatch):
+    answers = {('sysctl', '-n', 'hw.perflevel0.physicalcpu'): '8', ('sysctl', '-n', 'hw.perflevel1.physicalcpu'): '2',
+               ('sysctl', '-n', 'kern.hv_vmm_present'): '0',
+               ('ioreg', '-rc', 'AGXAccelerator', '-d1'): '+-o AGXAcceleratorG13X  <class ...>\n  "gpu-core-count" = 16\n'}
+    monkeypatch.setattr(report_sections, '_output', lambda *command: answers[command])
+    monkeypatch.setattr(platform, 'mac_ver', lambda: ('12.7', ('', '', ''), 'arm64'))
+    monkeypatch.setattr(report_sections, 'probe_metal', lambda: MetalGPU('Apple M1 Pro', True))
+    facts = report_sections.machine_facts('CPU')
+    assert (facts['performance_cores'], facts['efficiency_cores'], facts['gpu_cores']) == (8, 2, 16)
+    assert facts['virtual'] is False and facts['gpu'] == 'Apple M1 Pro' and facts['macos'] == '12.7'
+    assert facts['notes'][0].startswith('macOS 12.7 is older than 13')
 
 
 def test_messages_lose_folders_and_names(monkeypatch):
