@@ -40,7 +40,7 @@ def texts() -> Iterator[tuple[str, dict, Kernel, int, dict]]:
             yield 'flash_tiled', dict(D=D, dtype=dtype), FLASH_TILED, 32 * c['SIMDS'], shape | c
     for kind in ('f16', 'int8', 'scale', 'min', 'q4_k', 'q6_k'):
         for T in (1, 2, 4, 8):
-            _, threads, c = plan('lanes', 'METAL', T, 4096, False)
+            _, threads, c = plan('lanes', 'METAL', T, 4096, False)    # four rows for q6_k too: why it has two
             shape = dict(T='half', T4='half4', N=4096, K=4096, GROUP=32, GATED=0, NORM=0, EPS=1e-5)
             yield 'lanes', dict(kind=kind, tokens=T), kernel_of('lanes', kind), threads, shape | c
 
