@@ -235,10 +235,6 @@ template <class T, unsigned long N> struct array {
     MSL_MEMBER const T* begin() const { return d; }
     MSL_MEMBER const T* end() const { return d + N; }
 };
-template <class A, class B> struct pair {
-    A first;
-    B second;
-};
 template <class To, class From> MSL_INLINE To as_type(From x) {
     static_assert(sizeof(To) == sizeof(From), "as_type sizes");
     return __builtin_bit_cast(To, x);
