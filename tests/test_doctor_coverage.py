@@ -1,6 +1,7 @@
 """No kernel is forgotten: what engines launch, and what the package defines, `tinyvllm doctor` checks.
 
-What the checks launch is found without compiling or running anything: each case is put into a graph that nobody realizes."""
+What the checks launch is found without compiling or running anything: cases are put into a graph that nobody realizes.
+"""
 import ast
 import importlib
 import sys
@@ -65,7 +66,8 @@ def module_kernels():
 
 @simulator
 def test_what_the_package_defines_is_checked():
-    launched = {*launched_by_checks('CPU'), *launched_by_checks('METAL'), *(checks.find(c.rung) for c in CHECKS if c.rung)}
+    launched = {*launched_by_checks('CPU'), *launched_by_checks('METAL')}
+    launched |= {checks.find(check.rung) for check in CHECKS if check.rung}
     defined = dict(module_kernels())
     assert len(defined) >= 20
     assert [place for place, kernel in defined.items() if kernel not in launched] == []
@@ -84,8 +86,9 @@ def kernel_makers():
 
 def test_functions_that_make_kernels_are_known():
     "Their formats are in the next test. A new one needs a check of its own."
-    assert sorted(kernel_makers()) == ['linear_gpu.rows_kernel', 'linear_lanes.lanes_kernel', 'linear_stream.stream_kernel',
-                                       'linear_tiles.tiles_kernel', 'rows_cpu.compose_kernel']
+    assert sorted(kernel_makers()) == [
+        'linear_gpu.rows_kernel', 'linear_lanes.lanes_kernel', 'linear_stream.stream_kernel', 'linear_tiles.tiles_kernel',
+        'rows_cpu.compose_kernel']
 
 
 def test_every_format_that_a_kernel_reads_is_checked():

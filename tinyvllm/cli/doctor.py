@@ -36,7 +36,7 @@ def is_simulated(device: str) -> bool:
     return device.startswith('METAL') and sys.platform != 'darwin'
 
 
-class GuardDamage(Exception):
+class GuardDamage(RuntimeError):
     "A kernel has written outside of its buffers."
 
 

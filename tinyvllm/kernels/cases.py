@@ -258,14 +258,17 @@ class AttentionCases:
         return 'long' if self.context else 'prefill' if self.is_prefill and not self.has_starts else ''
 
     def make_long_case(self, rng: np.random.Generator, dtype: str) -> Case:
-        "Draw keys that all score alike, and values whose sum in half stalls: each is rounded down when it is added."
-        S, D, T, L = 32, 128, 1 + 2 * self.is_prefill, self.context
-        k, v, tables = random_cache(rng, np.array([L]), S, 1, D, L // S, dtype)
+        """Draw two sequences. In the first all keys score alike, and a sum of its values in half stalls: each is
+        rounded down when it is added. In the second the largest score comes late."""
+        S, D, T, contexts = 32, 128, 1 + 2 * self.is_prefill, np.array([self.context, 700])
+        k, v, tables = random_cache(rng, contexts, S, 1, D, self.context // S, dtype)
         k[tables[0]], v[tables[0]] = random_normal(rng, dtype, D), 1.124
-        inputs = dict(q=random_normal(rng, dtype, T, 2, D), k=k, v=v, tables=tables[:1], owners=np.zeros(T, np.int32),
-                      positions=np.arange(L - T, L, dtype=np.int32))
+        q = random_normal(rng, dtype, 2 * T, 2, D)
+        k[tables[1, 640 // S], 9, 0] = q[T, 0] / 2
+        inputs = dict(q=q, k=k, v=v, tables=tables[:2], owners=np.repeat([0, 1], T).astype(np.int32),
+                      positions=np.concatenate([np.arange(L - T, L) for L in contexts]).astype(np.int32))
         if self.has_starts:
-            inputs['starts'] = np.array([0, T], np.int32)
+            inputs['starts'] = np.array([0, T, 2 * T], np.int32)
         return Case(inputs, (reference_attention(**inputs),))
 
     def make_case(self, rng: np.random.Generator, n: int, dtype: str, limits: CaseLimits) -> Case:
