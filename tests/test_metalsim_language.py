@@ -460,6 +460,28 @@ def test_forms_of_kernels(check):
     assert floats.tolist() == [6.5] * 8 and without.signature.max_threads == 32
 
 
+def test_functions_that_differ_by_an_address_space_alone():
+    text = TOP + """namespace a { inline float first(const device float* p) { return p[0]; }
+inline float first(threadgroup const float* p) { return p[0]; } }
+namespace b { inline float first(constant float* p) { return p[0]; } }
+template <typename T> void swap(device T* p, uint i) {
+  T x = p[i]; p[i] = p[i + 1]; p[i + 1] = x;
+}
+template <typename T> void swap(threadgroup T* p, uint i) {
+  T x = p[i]; p[i] = p[i + 1]; p[i + 1] = x;
+}
+kernel void k(device float* o, constant float* x) {
+  threadgroup float t[2]; t[0] = 1; t[1] = b::first(x); swap(t, 0u); o[0] = a::first(t); o[1] = 5; swap(o, 0u);
+  o[2] = a::first(o);
+}
+"""
+    out = np.zeros(3, np.float32)
+    Library(text)['k']([out, np.full(1, 7, np.float32)], (1,), (1,))
+    assert out.tolist() == [5, 7, 5]
+    with pytest.raises(MetalError, match=r'at kernel\.metal:14'):
+        Library(text)['k']([out[:2], np.full(1, 7, np.float32)], (1,), (1,))
+
+
 def test_function_constants_without_a_value():
     with pytest.raises(MetalError, match='function constants without a value: scale, has_more; tinygrad has no way'):
         Library(FORMS)['fill_f32']

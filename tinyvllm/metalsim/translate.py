@@ -3,7 +3,7 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from tinyvllm.metalsim.source import FUNCTION_CONSTANT, closing, rewritten, signatures, strip_comments
+from tinyvllm.metalsim.source import FUNCTION_CONSTANT, closing, namespaces, rewritten, signatures, strip_comments
 
 # Whatever makes the threads of a kernel meet, or share memory.
 MEETING = re.compile(r'\b(simd_\w+|simdgroup_\w+|quad_\w+|threadgroup_barrier|make_filled_simdgroup_matrix)\s*[(<]'
@@ -17,6 +17,8 @@ SCALAR = 'bool|bfloat|half|float|u?(?:char|short|int|long)'
 VECTOR = rf'\b(?:packed_)?(?:{SCALAR})[234]\b|\bvec\s*<'
 ALIAS = re.compile(r'\busing\s+(\w+)\s*=([^;{}]*);|\btypedef\s+([^;{}()]*?)\b(\w+)\s*;')
 TYPE_PARAMETER = re.compile(r'[<,]\s*(?:typename|class)\s+(\w+)')
+TOP_LEVEL = re.compile(r'\b(?:struct|class|enum|union)\b[^;{}()]*\{|\b(\w+)\s*\(')
+SPACE = re.compile(r'\b(?:device|threadgroup|thread)\b')
 COHERENT = re.compile(r'\bcoherent\s*(?:\(\s*\w+\s*\))?(?=\s+(?:device|const|volatile)\b)')
 FLAT = '''extern "C" void msl_flat_{name}(void* const* b, const uint* n, const uint* t, const uint* o) {{
   msl_thread c;
@@ -46,7 +48,32 @@ def to_cpp(
     text = FUNCTION_CONSTANT.sub(lambda m: constant_definition(*m.groups(), constants), text)
     text = re.sub(r'\bis_function_constant_defined\s*\(\s*(\w+)\s*\)', r'msl_is_defined_\1', text)
     text = re.sub(r'\bvec\s*<\s*(bool|bfloat)(?:16_t)?\s*,\s*([234])\s*>', r'\1\2', COHERENT.sub(' ', text))
-    return rewritten(constructors(text))
+    return rewritten(constructors(without_twins(text)))
+
+
+def without_twins(text: str) -> str:
+    """Blank out functions that differ from an earlier one by nothing but address spaces: here they are the same.
+
+    Two that also do different things cannot be told apart; clang complains of them.
+    """
+    at, seen = 0, {}
+    while m := TOP_LEVEL.search(text, at):
+        at = closing(text, m.end() - 1) + 1
+        body = re.match(r'\s*\{', text[at:]) if m.group(1) else None
+        if not body:
+            continue
+        start = max(text.rfind(c, 0, m.start()) for c in ';{}') + 1
+        middle, at = at, closing(text, at + body.end() - 1) + 1
+        head, whole = (*namespaces(text, start), without_spaces(text[start:middle])), text[start:at]
+        if seen.get(head, whole) != whole and without_spaces(seen[head]) == without_spaces(whole):
+            text = text[:start] + re.sub(r'[^\n]', ' ', whole) + text[at:]
+        seen.setdefault(head, whole)
+    return text
+
+
+def without_spaces(text: str) -> str:
+    "The words of a text, one blank between them, as they are without address spaces."
+    return ' '.join(re.findall(r'\w+|\S', SPACE.sub(' ', re.sub(r'\bconstant\b', 'const', text))))
 
 
 def constant_definition(kind: str, name: str, index: str, constants: Mapping[str, object]) -> str:
