@@ -18,6 +18,7 @@ from tinyvllm.models.fused import fused
 from tinyvllm.reference.generate import same_greedy
 from tinyvllm.models.llama import Llama, model_config
 from tinyvllm.runner.eager import EagerRunner
+from tinyvllm.runner import graphs
 from tinyvllm.runner.graphs import Replay
 from tinyvllm.runner.jit import JitRunner, next_power_of_four, pad_shape
 from tinyvllm.runner.sampled_tokens import SampledTokenBuffer
@@ -251,6 +252,21 @@ def test_a_capture_that_fails_leaves_the_numbers_in_step(model, monkeypatch):
     assert engine.runner.state.step_id == 0
     engine.fail(RuntimeError('the step failed'))
     assert answers(engine, [[1, 2, 3]], [SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)])[0][0][0][1] == 'length'
+
+
+def test_a_launch_that_fails_when_its_step_has_run_leaves_the_numbers_in_step(model, monkeypatch):
+    "The device has counted it: the next step has the next number, and reads no tokens of this one."
+    requests = [[1, 2, 3]], [SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)]
+    engine, want = (make_engine(model, num_blocks=50, max_num_seqs=2) for _ in 'ab')
+    want = answers(want, *requests)[0]
+    with monkeypatch.context() as broken:
+        broken.setattr(graphs, 'check_threads', lambda graph: 1 / 0)
+        engine.add_request('a', [7] * 3, requests[1][0])
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert engine.runner.state.step_id == 1
+    engine.fail(RuntimeError('the step failed'))
+    assert answers(engine, *requests)[0] == want
 
 
 def test_a_runner_without_constraints_refuses_one_sequence(plain):
