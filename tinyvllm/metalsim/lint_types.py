@@ -55,7 +55,7 @@ def is_bare(written: str) -> bool:
     "The same without templates. Functions need no address space, nor does a `T*&` (MLX); `N * 2` is a product."
     for m in re.finditer(r'[*&]', written):
         before, behind = written[:m.start()].rstrip(), written[m.end():]
-        is_function = before.endswith('(') and re.match(r'[^()]*\)\s*\(', behind)
+        is_function = re.search(r'\((?:__\w+)?$', before) and re.match(r'[^()]*\)\s*\(', behind)
         is_product = re.match(r'\s*(?!const\b|__)[\w(!~+-]', behind)
         pointee = re.split(r'[(,]', before.rstrip('('))[-1]
         to_pointer = m.group() == '&' and '*' in pointee or before.endswith('&')

@@ -15,7 +15,7 @@ from tinyvllm.metalsim.lint_kernels import MAX_BUFFERS
 from tinyvllm.metalsim.opencl import HEADER, LINE_DIRECTIVE, Complaints, OpenCLMissing, Unit, read
 from tinyvllm.metalsim.source import strip_comments
 
-__all__ = ['MAX_BUFFERS', 'RULES', 'complaints', 'lint', 'threadgroup_sizes']
+__all__ = ['MAX_BUFFERS', 'RULES', 'complaints', 'lint']
 
 RULES = (lint_words.forbidden, lint_words.included, lint_words.refused, lint_types.pointers, lint_types.deduced,
          lint_types.methods, lint_types.halves, lint_types.components, lint_types.derived, lint_kernels.names,
@@ -46,13 +46,6 @@ def complaints(source: str) -> Complaints:
         warn_once(str(error))
         unit = Unit(strip_comments(source), [], [], [])
     yield from sorted({complaint for rule in RULES for complaint in rule(unit)})
-
-
-def threadgroup_sizes(
-    source: str, # Metal
-) -> dict[str, int]: # kernel -> bytes
-    "Add up the threadgroup variables of each kernel; a pipeline is refused above `MAX_THREADGROUP_BYTES`."
-    return {kernel.name: lint_kernels.threadgroup_bytes(kernel) for kernel, _ in lint_kernels.kernels(read(source))}
 
 
 def place(
