@@ -121,7 +121,8 @@ MACS = {  # what Metal says on real machines (llama.cpp#8617, #3129), the versio
     'a virtual machine': (MetalGPU('Apple Paravirtual device', False), '14.5', 'Apple Paravirtual device is a virtual GPU'),
     'a virtual machine of a later macOS': (MetalGPU('Apple Paravirtual device', True), '26.1', 'is a virtual GPU'),
     'no GPU': (None, '14.5', 'no GPU'),
-    'an old macOS': (MetalGPU('Apple M1', True), '12.7.6', 'macOS 12.7.6 is older than 13')}
+    'an old macOS': (MetalGPU('Apple M1', True), '12.7.6', 'macOS 12.7.6 is older than 13'),
+    'an old Python': (MetalGPU('Apple M1', True), '10.16', 'this Python was built for macOS 10')}
 
 
 @pytest.mark.parametrize('mac', MACS)

@@ -135,6 +135,9 @@ def why_no_metal(
     macos: str, # its version, such as 14.5
 ) -> str | None: # one sentence; None: METAL is the right device
     "Why is METAL not for this Mac?"
+    if macos.startswith('10.16'):  # what a new macOS answers to a program that was built for an old one
+        return ('this Python was built for macOS 10, and tinygrad would compile for that; '
+                'use a newer Python for METAL; the device is CPU')
     if is_old_macos(macos):
         return f'macOS {macos} is older than {OLDEST_MACOS}, the first with Metal 3; the device is CPU'
     if gpu is None:
