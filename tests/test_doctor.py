@@ -56,7 +56,7 @@ def test_the_table_says_where_and_how_fast(capsys):
     assert code == 0 and all(word in head for word in ('tinyvllm', 'tinygrad', 'CPU on', 'seed 7'))
     assert [x.strip() for x in titles.split('|')[1:-1]] == [
         'kernel', 'device', 'cases', 'max relative error', 'tolerance', 'ok', 'µs', 'GB/s']
-    assert len(rows) == 2 and all(row.count('|') == rule.count('|') == 9 and ' yes ' in row for row in rows)
+    assert len(rows) == 3 and all(row.count('|') == rule.count('|') == 9 and ' yes ' in row for row in rows)
     us, gbps = (float(x) for x in rows[0].split('|')[-3:-1])
     assert us > 0 and gbps > 0
 
@@ -91,7 +91,8 @@ def test_json_of_a_broken_kernel_is_json(capsys, untimed, monkeypatch):
     monkeypatch.setattr(cpu, 'KV_WRITE', with_constants(cpu.KV_WRITE, TOKENS=lambda x: x - 1))
     code, out, err = run(capsys, '--cases', 2, '--kernel', 'cpu', '--json')
     failed = [row for row in json.loads(out) if not row['ok']]
-    assert code == 1 and {row['kernel'] for row in failed} == {'cpu.kv_write float16', 'cpu.kv_write float32'}
+    assert code == 1 and {row['kernel'] for row in failed} == {
+        'cpu.kv_write float16', 'cpu.kv_write float32', 'cpu.kv_write[far] float16'}
     assert 'cpu.kv_write float16: case 0, ' in err
 
 
