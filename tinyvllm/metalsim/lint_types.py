@@ -26,6 +26,16 @@ def pointers(unit: Unit) -> Complaints:
             yield node.line, f"pointer or reference without an address space: '{what}'"
 
 
+def unwritten(unit: Unit) -> Complaints:
+    "The same of what clang does not print with a star: `(float&)x`, and `float*` as the argument of a template."
+    for node in unit.nodes:
+        is_lvalue = node.kind in CASTS and "' lvalue" in node.text and '__generic' in node.types[0]
+        is_argument = node.kind == 'TemplateArgument' and re.search(r'__generic [^*&]*[*&]', node.text)
+        line = node.parent.line if is_argument and node.parent else node.line
+        if line and (is_lvalue or is_argument):
+            yield line, f"pointer or reference without an address space: '{in_words_of_metal(node.types[0])}'"
+
+
 def is_array(unit: Unit, node: Node) -> bool:
     "Is it a parameter such as `float x[4]`, which clang takes for a pointer? Apple's compiler takes it (MLX)."
     here = unit.lines[node.line - 1][node.column - 1:] if node.kind == 'ParmVarDecl' else ''

@@ -17,9 +17,9 @@ from tinyvllm.metalsim.source import strip_comments
 
 __all__ = ['MAX_BUFFERS', 'RULES', 'complaints', 'lint']
 
-RULES = (lint_words.forbidden, lint_words.included, lint_words.refused, lint_types.pointers, lint_types.deduced,
-         lint_types.methods, lint_types.halves, lint_types.components, lint_types.derived, lint_kernels.names,
-         lint_kernels.parameters, lint_kernels.positions, lint_kernels.buffers, lint_kernels.calls,
+RULES = (lint_words.forbidden, lint_words.included, lint_words.refused, lint_types.pointers, lint_types.unwritten,
+         lint_types.deduced, lint_types.methods, lint_types.halves, lint_types.components, lint_types.derived,
+         lint_kernels.names, lint_kernels.parameters, lint_kernels.positions, lint_kernels.buffers, lint_kernels.calls,
          lint_kernels.threadgroup_variables)
 
 

@@ -12,7 +12,7 @@ CONVERSIONS = '<AddressSpaceConversion>', '<FloatingCast>'
 CALLED = ' Function 0x'
 KINDS = frozenset('''VarDecl ParmVarDecl FieldDecl FunctionDecl CXXMethodDecl TypedefDecl TypeAliasDecl CXXRecordDecl
     EnumDecl EnumConstantDecl AnnotateAttr ConstantExpr value CStyleCastExpr CXXFunctionalCastExpr
-    CXXStaticCastExpr CXXReinterpretCastExpr MemberExpr ExtVectorElementExpr
+    CXXStaticCastExpr CXXReinterpretCastExpr MemberExpr ExtVectorElementExpr TemplateArgument
     public protected private ClassTemplateSpecializationDecl CXXConstructorDecl'''.split())
 
 
