@@ -203,7 +203,7 @@ VECTORS = {
     'float4(1, float2(2, 3), 4).z': 3, 'float4(7).w': 7, 'metal::float4(1, 2, 3, 4).y': 2,
     'vec<float, 4>(1, 2, 3, 4).w': 4,
     'metal::vec<int, 3>(1, 2, 3).z': 3, 'H4(1, 2, 3, 4).x': 1, 'U2(float2(3.7f, 1)).x': 3, 'made<float4>(5).w': 5,
-    'float4{1, 2, 3, 4}.zw.y': 4, 'direct(2)': 10, 'int4(char4(-3)).y': -3, 'any(float2(1, 2) > float2(3, 1))': 1,
+    'float4{1, 2, 3, 4}.zw.y': 4, 'direct(2)': 11, 'int4(char4(-3)).y': -3, 'any(float2(1, 2) > float2(3, 1))': 1,
     'all(float2(1, 2) > float2(3, 1))': 0, 'any(b)': 1, 'all(b)': 0, 'all(!b || b)': 1, 'any(b && !b)': 0, 'b.z': 1,
     'b[1]': 0, 'float4(b).x': 1, 'sizeof(bool4)': 4, 'sizeof(bool3)': 4, 'select(float4(1), float4(2), b).x': 2,
     'select(float4(1), float4(2), b).y': 1, 'select(int2(1), int2(2), int2(0, 5) < int2(1, 2)).x': 2,
@@ -218,7 +218,8 @@ VECTORS = {
     'packed_float3(1, 2, 3).z': 3, 'float3(p3).y': 6, '(p3 * 2.0f).x': 10, 'sizeof(packed_float3)': 12,
     'sizeof(packed_half4)': 8, 'alignof(packed_half4)': 2, 'float4(packed_uchar4(1, 2, 3, 4)).w': 4,
     'sizeof(packed_short3)': 6, 'sizeof(float3)': 16, 'bfloat4(1, 2, 3, 4).y': 2, '(bfloat4(2) * bfloat4(3)).w': 6,
-    'bfloat(1.00390625f)': 1, 'bfloat(257.0f) + bfloat(1)': 256, 'is_same_v<decltype(bfloat(1) * 2.0f), float>': 1,
+    'bfloat(1.00390625f)': 1, '1.00390625bf + 2.5e-1bf': 1.25,
+    '0x1bf': 447, 'bfloat(257.0f) + bfloat(1)': 256, 'is_same_v<decltype(bfloat(1) * 2.0f), float>': 1,
     'unpack_unorm4x8_to_float(0xff000000u).w': 1, 'unpack_snorm2x16_to_float(0x8001u).x': -1,
     'pack_float_to_unorm4x8(float4(1, 0, 0, 0.5f)) == 0x800000ffu': 1,
     'pack_half_to_snorm2x16(half2(-1, 1)) == 0x7fff8001u': 1,
@@ -239,7 +240,7 @@ VECTORS = {
 }
 HEAD = """using H4 = vec<half, 4>; typedef metal::uint2 U2; enum Kind : uint { A = 7 };
 template <typename V> V made(int n) { return V(n, n, n, n); }
-float direct(float n) { float4 v(n, 1.0f, 3, 4), w(0); return v.x + v.y + v.z + v.w + w.x; }
+float direct(float n) { float4 v(n, 1.0f, 3, 4), w(0), u(v.xy, 1, 1); return v.x + v.y + v.z + v.w + w.x + u.w; }
 METAL_FUNC float twice(float x) { return x * 2; }
 struct Counter { int n; int next() thread { return ++n; } };
 template <typename T, enable_if_t<is_floating_point_v<T>, bool> = true> T f(T x) { return x + 1; }

@@ -3,7 +3,8 @@
 The source of a kernel is compiled as C++ with headers of ours that play Metal's standard library.
 Every thread of a threadgroup is a fiber; the lanes of a simdgroup meet at collectives, the threads
 of a threadgroup at barriers. In check mode each read and write of the kernel is looked at: bounds,
-alignment, races, uninitialised threadgroup memory; each complaint names the line and the thread.
+alignment, races, uninitialised threadgroup memory, ends of arrays; and each integer division. A
+complaint names the line and the thread.
 
     add = Library(source)['add']                                # Metal text -> kernel
     add([a, b, out, len(a)], grid=(4,), threads=(256,))         # numpy arrays, written in place

@@ -24,7 +24,8 @@ DTYPES = {'int': 'i4', 'int32_t': 'i4', 'uint': 'u4', 'uint32_t': 'u4', 'long': 
           'half': 'f2', 'float': 'f4'}
 RED_ZONE, RED = 4096, 0xA5  # bytes kept free on both sides of an array, and what they hold
 RACE_LIMIT = 1 << 24  # bytes; larger buffers have no access history: that takes 28 bytes for each byte
-FLUSH = os.environ.get('METALSIM_FLUSH', '1') != '0'  # see `Kernel.launch`
+# Metal lets a GPU take denormals of single precision for zero, and Apple's do: what needs them fails there too.
+FLUSH = os.environ.get('METALSIM_FLUSH', '1') != '0'
 DYNAMIC = 8  # threadgroup parameters: [[threadgroup(0)]] to [[threadgroup(7)]]
 LOCK = threading.Lock()  # the runtime is one machine: one dispatch at a time
 

@@ -219,8 +219,8 @@ extern "C" void msl_barrier(uint flags, uint line, uint col) {
     f->state = AT_BARRIER, f->line = line, f->col = col, f->flags = flags;
     to_scheduler(f);
 }
-// A variable has the alignment that it declares and, in check mode, no better: Metal promises no more. Code
-// without checks may use instructions that need 16 bytes for what is wrong, but works on most GPUs.
+// In check mode a variable has the alignment that it declares, and no better: Metal promises no more. Without
+// checks it has 16 bytes at least, so that a read of a wider vector does not end the process.
 extern "C" void* msl_tg_static(int id, size_t size, size_t align, const char* name) {
     size_t used = size;
     for (int i = 0; i < num_tg_vars; i++) {

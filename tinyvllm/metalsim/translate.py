@@ -19,6 +19,8 @@ ALIAS = re.compile(r'\busing\s+(\w+)\s*=([^;{}]*);|\btypedef\s+([^;{}()]*?)\b(\w
 TYPE_PARAMETER = re.compile(r'[<,]\s*(?:typename|class)\s+(\w+)')
 TOP_LEVEL = re.compile(r'\b(?:struct|class|enum|union)\b[^;{}()]*\{|\b(\w+)\s*\(')
 SPACE = re.compile(r'\b(?:device|threadgroup|thread)\b')
+NEXT_VARIABLE = re.compile(r'\s*,\s*(\w+)\s*\(')
+BFLOAT_NUMBER = re.compile(r'(\b\d+\.\d*(?:[eE][+-]?\d+)?|(?<!\w)\.\d+(?:[eE][+-]?\d+)?|\b\d+[eE][+-]?\d+)bf\b')
 COHERENT = re.compile(r'\bcoherent\s*(?:\(\s*\w+\s*\))?(?=\s+(?:device|const|volatile)\b)')
 FLAT = '''extern "C" void msl_flat_{name}(void* const* b, const uint* n, const uint* t, const uint* o) {{
   msl_thread c;
@@ -45,6 +47,7 @@ def to_cpp(
     "The source as C++ understands it; every line keeps its number."
     text = re.sub(r'#\s*include\s*<([\w/.]+)>', lambda m: '' if m.group(1) in HEADERS else m.group(0),
                   strip_comments(source))
+    text = BFLOAT_NUMBER.sub(r'bfloat(\1f)', text)
     text = FUNCTION_CONSTANT.sub(lambda m: constant_definition(*m.groups(), constants), text)
     text = re.sub(r'\bis_function_constant_defined\s*\(\s*(\w+)\s*\)', r'msl_is_defined_\1', text)
     text = re.sub(r'\bvec\s*<\s*(bool|bfloat)(?:16_t)?\s*,\s*([234])\s*>', r'\1\2', COHERENT.sub(' ', text))
@@ -121,6 +124,10 @@ def declarations(text: str, kinds: str) -> str:
             kind, name = m.groups()
             out.append(f'{text[done:m.start()]}{kind} {name} = msl_mk<{kind}>{text[m.end() - 1:end + 1]}')
             done = end + 1
+            while more := NEXT_VARIABLE.match(text, done):
+                end = closing(text, more.end() - 1)
+                out.append(f'{text[done:more.end(1)]} = msl_mk<{kind}>{text[more.end() - 1:end + 1]}')
+                done = end + 1
     return ''.join(out) + text[done:]
 
 

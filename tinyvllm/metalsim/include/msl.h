@@ -186,7 +186,6 @@ MSL_BF_VECTOR(bfloat2, 2, x, y)
 MSL_BF_VECTOR(bfloat3, 3, x, y, z)
 MSL_BF_VECTOR(bfloat4, 4, x, y, z, w)
 #endif
-constexpr float operator"" bf(long double x) { return (float)x; }
 typedef bfloat bfloat16_t;
 typedef half float16_t;
 
