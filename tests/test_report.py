@@ -93,6 +93,7 @@ def whole(plan, tmp_path_factory):
         patch.setattr(report_sections, 'record_engines', lambda *_: SimpleNamespace(names=['kv_write']))
         patch.setattr(report_sections, 'read_bandwidth', lambda threads=2: 10e9 * threads)
         patch.setattr(report_sections, 'product_bandwidth', lambda dtype: 5e9)
+        patch.setattr(report_sections, 'layer_kernels', lambda *_: 6)
         patch.setattr(doctor, 'measure_launch', lambda *_: (12.5, 8.0))
         patch.setattr('tinyvllm.measure.bandwidth', lambda *_: 10e9)
         write_report(path, plan, sections=UNHURRIED)
@@ -150,19 +151,18 @@ def test_an_interrupted_run_is_completed(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
-from tinyvllm.cli import report_sections
-from tinyvllm.cli.report import write_report
+import json, os, signal, sys
+from tinyvllm.cli import report
 from tinyvllm.cli.report_sections import Plan, Section
-report_sections.source_digest = lambda: sys.argv[2]
+report.identity = lambda plan: json.loads(sys.argv[2])    # files may have changed since this test was loaded
 parts = {'a': lambda tick: {}, 'b': lambda tick: os.kill(os.getpid(), signal.SIGKILL)}
-write_report(sys.argv[1], Plan('CPU'), sections=(Section('work', lambda plan: parts, 60),))
+report.write_report(sys.argv[1], Plan('CPU'), sections=(Section('work', lambda plan: parts, 60),))
 """
 
 
 def test_a_killed_run_leaves_a_valid_file(tmp_path):
     path, calls = tmp_path / 'mac.json', []
-    done = subprocess.run([sys.executable, '-c', KILLED, path, identity(PLAN)['source']], capture_output=True)
+    done = subprocess.run([sys.executable, '-c', KILLED, path, json.dumps(identity(PLAN))], capture_output=True)
     assert done.returncode == -signal.SIGKILL and read(path)['sections']['work']['a']['ok']
     assert read(path)['sections']['work']['b'] == dict(attempts=1)
     found = write_report(path, PLAN, sections=sections(calls, a={}, b={}))

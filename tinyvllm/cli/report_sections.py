@@ -143,7 +143,7 @@ def unusual(
 ) -> Iterator[str]:
     "Yield a sentence for each fact that the kernels or the times may suffer from."
     if no_metal:
-        yield no_metal.partition(';')[0]
+        yield no_metal.removesuffix('; the device is CPU')
     if facts['virtual']:
         yield 'a virtual machine: its times are not those of a Mac'
     if facts['gpu_graph'] is False:
