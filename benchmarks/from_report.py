@@ -5,7 +5,8 @@
 
 Rungs become rows of the ladder, bandwidths rows of bandwidth.jsonl, kernels and counts rows of doctor.jsonl. A row has
 the machine, commit and day of the report. Parts that are wrong or had no time give none, a row that is there already
-is not added again, and the report of a simulated device is refused.
+is not added again, and the report of a simulated device is refused. What is unusual about the machine is printed: keep
+no rows of a virtual or a busy one.
 """
 import argparse
 import json
@@ -66,6 +67,8 @@ def main() -> None:
         sys.exit(str(error))
     if content['about']['simulated']:
         sys.exit(f'{args.report} was made where METAL is simulated: it has no times')
+    for note in content['sections'].get('facts', {}).get('machine', {}).get('notes', ()):
+        print(f'note: {note}', file=sys.stderr)
     writers = [(args.results / name, row, write_row) for name, row in result_rows(content)]
     writers += [(args.ladder, vars(row), lambda path, row: append_row(path, LadderRow(**row)))
                 for row in ladder_rows(content)]
