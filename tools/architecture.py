@@ -111,13 +111,16 @@ def draw(graph):
         members.setdefault(box_of(name), []).append(name.rpartition('.')[2])
     figure, axes = plt.subplots(figsize=(8.4, 9.6))
     for i, group in enumerate(LEVELS):
-        width = 0.8 / len(group)
-        for j, box in enumerate(group):
-            x, names = (j + 0.5) * width, [m for m in members.get(box, ()) if m != box.rpartition('.')[2]]
-            edge[box] = x + width * 0.48, i
+        inside = {box: [m for m in members.get(box, ()) if m != box.rpartition('.')[2]] for box in group}
+        shares = {box: 6 + len(names) for box, names in inside.items()}    # room for a title, then for the modules
+        left = 0.0
+        for box, names in inside.items():
+            width = 0.8 * shares[box] / sum(shares.values())
+            x, size = left + width / 2, 6 if len('  '.join(names)) > 260 * width else 7    # two lines of 7, or three of 6
+            edge[box], left = (x + width * 0.48, i), left + width
             axes.add_patch(plt.Rectangle((x - width * 0.48, i - 0.36), width * 0.96, 0.72, facecolor='#eef3fb', edgecolor='#6b8cc4'))
-            axes.text(x, i + (0.2 if names else 0), box, ha='center', va='center', weight='bold', fontsize=9)
-            axes.text(x, i - 0.12, fill('  '.join(names), int(130 * width)), ha='center', va='center', fontsize=7 if width > 0.3 else 5.5)
+            axes.text(x, i + (0.22 if names else 0), box, ha='center', va='center', weight='bold', fontsize=9)
+            axes.text(x, i - 0.12, fill('  '.join(names), int(910 * width / size)), ha='center', va='center', fontsize=size)
     for box, others in folder_graph(graph).items():
         for other in others:
             (_, high), (_, low) = edge[box], edge[other]
