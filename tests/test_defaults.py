@@ -77,7 +77,7 @@ def portable(model):
     ('publish', 'EagerRunner', 'steps run one kernel after the other, and the host samples'),
     pytest.param('apply_constraints', 'EagerRunner', 'steps run one kernel after the other, and the host samples',
                  marks=pytest.mark.slow),
-    ('rope_write', 'JitRunner', 'METAL takes the slow, portable path'),
+    pytest.param('rope_write', 'JitRunner', 'METAL takes the slow, portable path', marks=pytest.mark.slow),
     ('linear_lanes', 'JitRunner', 'METAL takes the slow, portable path')])
 def test_what_the_driver_refuses_runs_in_portable_operations(kernel, runner, why, on_metal, portable, monkeypatch):
     "With one warning, and the same tokens."
