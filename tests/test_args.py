@@ -63,6 +63,14 @@ def test_a_step_on_a_mac_is_what_an_m1_computes_in_a_second(config, context, tok
     assert seconds < STEP_SECONDS or tokens == 16 and seconds < GPU_TIMEOUT / 2
 
 
+def test_the_largest_model_still_has_a_step():
+    "Where an M1 needs more than a second for one token."
+    config = replace(LLAMA_8B, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
+                     max_position_embeddings=131072)
+    assert count_token_ops(config) > M1_OPS * STEP_SECONDS
+    assert EngineArgs().with_step_limit('METAL', config).max_num_batched_tokens == 16
+
+
 def test_the_rule_is_the_watchdogs():
     assert (M1_OPS, GPU_TIMEOUT) == (command_buffers.SHARE * command_buffers.M1_FLOPS, command_buffers.GPU_TIMEOUT)
 

@@ -35,7 +35,7 @@ def limit_metal_step(
     most: int, # tokens
 ) -> int: # tokens, a power of two from 16 on
     "How many tokens an M1 computes in `STEP_SECONDS`, and no more than `most`."
-    tokens = int(STEP_SECONDS * M1_OPS / count_token_ops(c))
+    tokens = max(1, int(STEP_SECONDS * M1_OPS / count_token_ops(c)))
     return min(most, max(16, 1 << tokens.bit_length() - 1))
 
 # %% ../../nbs/04e_args.ipynb #490c4de2
