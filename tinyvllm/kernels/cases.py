@@ -16,8 +16,8 @@ from tinygrad import Tensor
 from tinyvllm.kernels.sparse import SparseArray
 
 __all__ = ['DECODE', 'KV_WRITE', 'MATMUL', 'MATVEC', 'PREFILL', 'PREFILL_STARTS', 'REAL', 'SIMULATED', 'AttentionCases',
-           'Case', 'CaseLimits', 'KVWriteCases', 'MatmulCases', 'call_launcher', 'cancelling', 'make_large_tensor',
-           'mixed_shape', 'reference_attention', 'relative_error']
+           'Case', 'CaseLimits', 'KVWriteCases', 'MatmulCases', 'call_launcher', 'cancelling', 'chain_launches',
+           'make_large_tensor', 'mixed_shape', 'reference_attention', 'relative_error']
 
 HEAD_DIMS, GROUPS, BLOCK_SIZES = (64, 80, 96, 128), (1, 3, 4, 8), (8, 16, 32)
 
@@ -106,6 +106,20 @@ def cancelling(
     return x
 
 
+def chain_launches(
+    launch: Callable, # of a tensor and an item: the next tensor
+    first: Tensor, # the first launch reads
+    items: list, # one for each launch, such as its matrix
+) -> Callable[[], Tensor]: # realizes what the last launch writes
+    "Return a function that launches once for each item, on what the launch before has written."
+    def chain() -> Tensor:
+        y = first
+        for item in items:
+            y = launch(y, item)
+        return y.realize()
+    return chain
+
+
 @dataclass(frozen=True)
 class MatmulCases:
     "`launch(w, x)`: `w @ x` for a vector x, or `x @ w.T` for up to `max_tokens` rows of x."
@@ -136,12 +150,7 @@ class MatmulCases:
         tokens = (self.max_tokens,) if self.max_tokens else ()
         x = make_large_tensor((*tokens, size), dtype)
         matrices = [make_large_tensor((size, size), dtype, size**-0.5) for _ in range(count)]
-
-        def chain() -> Tensor:
-            y = x
-            for w in matrices * 4:
-                y = launch(w, y)
-            return y.realize()
+        chain = chain_launches(lambda y, w: launch(w, y), x, matrices * 4)
         return chain, 4 * count, matrices[0].nbytes() + 2 * x.nbytes()
 
 
@@ -297,12 +306,7 @@ class AttentionCases:
         extra = [owners, positions] + ([np.array([0, T])] if self.has_starts else [])
         extra, first = [Tensor(x.astype(np.int32)).realize() for x in extra], make_large_tensor((T, H, D), dtype)
         tables = tables[:4] if self.is_prefill else tables * 4
-
-        def chain() -> Tensor:
-            q = first
-            for table in tables:
-                q = launch(q, k, v, table, *extra)
-            return q.realize()
+        chain = chain_launches(lambda q, table: launch(q, k, v, table, *extra), first, tables)
         return chain, len(tables), 2 * first.nbytes() + (k.nbytes() + v.nbytes()) // count
 
 

@@ -2,6 +2,8 @@
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
+from tinyvllm.metalsim.counts import collecting
+
 
 class RecordedKernels(dict[Hashable, set[str]]):
     "Kernel -> the sources with which it was called, in the order in which kernels were first seen."
@@ -18,12 +20,8 @@ _open: list[RecordedKernels] = []
 @contextmanager
 def recording() -> Iterator[RecordedKernels]:
     "Collect every kernel of ours that is put into a graph inside the block, on whatever device."
-    calls = RecordedKernels()
-    _open.append(calls)
-    try:
+    with collecting(_open, RecordedKernels()) as calls:
         yield calls
-    finally:
-        _open[:] = [c for c in _open if c is not calls]
 
 
 def note_call(

@@ -2,6 +2,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tinyvllm.metalsim.counts import collecting
 from tinyvllm.metalsim.source import signatures
 
 
@@ -23,12 +24,8 @@ def capturing() -> Iterator[Sources]:
 
     What tinygrad compiled before, and only runs now, is collected as well.
     """
-    sources = Sources()
-    _open.append(sources)
-    try:
+    with collecting(_open, Sources()) as sources:
         yield sources
-    finally:
-        _open[:] = [s for s in _open if s is not sources]
 
 
 def note_source(

@@ -57,18 +57,27 @@ class Counts(list[Dispatch]):
         return sum((d.total for d in self), Traffic())
 
 
+@contextmanager
+def collecting(
+    collectors: list, # those of the blocks that are open
+    new, # what this block collects in
+) -> Iterator:
+    "Keep a collector among the open ones while the block runs, and yield it."
+    collectors.append(new)
+    try:
+        yield new
+    finally:
+        collectors[:] = [c for c in collectors if c is not new]
+
+
 _open: list[Counts] = []
 
 
 @contextmanager
 def counting() -> Iterator[Counts]:
     "Count dispatches inside the block: afterwards `counts[0].total.reads`, `counts.total.bytes`."
-    counts = Counts()
-    _open.append(counts)
-    try:
+    with collecting(_open, Counts()) as counts:
         yield counts
-    finally:
-        _open[:] = [c for c in _open if c is not counts]
 
 
 def note(dispatch: Dispatch) -> None:

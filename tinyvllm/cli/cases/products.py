@@ -11,7 +11,8 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 
 from tinyvllm.cli.cases.sampling import replay_launches
-from tinyvllm.kernels.cases import SIMULATED, Case, CaseLimits, cancelling, make_large_tensor, random_normal
+from tinyvllm.kernels.cases import (SIMULATED, Case, CaseLimits, cancelling, chain_launches, make_large_tensor,
+                                    random_normal)
 from tinyvllm.quant.formats import Format, format_of, pack_2bit, pack_4bit
 from tinyvllm.quant.pack import Packed
 
@@ -197,13 +198,7 @@ class ProductCases:
         size, count, T = 2048, 16, {'tiles': 128, 'stream': 8}.get(self.rung, 1)
         matrices = [pack_parts(self.format, make_large_parts(self.format, size, size), size) for _ in range(count)]
         x, how = make_large_tensor((T, size), dtype), dict(rung=self.rung) if self.rung else {}
-
-        def chain() -> Tensor:
-            y = x
-            for w in matrices:
-                y = launch(y, w, **how)
-            return y.realize()
-        return chain, count, matrices[0].nbytes() + 2 * x.nbytes()
+        return chain_launches(partial(launch, **how), x, matrices), count, matrices[0].nbytes() + 2 * x.nbytes()
 
 
 @dataclass(frozen=True)
@@ -312,12 +307,7 @@ class NormCases:
     def make_load(launch: Callable, dtype: str) -> tuple[Callable, int, int]:
         "Return a chain of norms over 2,048 tokens, its launches, and the bytes that one must move."
         x, norm = make_large_tensor((2048, 2048), dtype), make_large_tensor((2048,), 'float32')
-
-        def chain() -> Tensor:
-            y = x
-            for _ in range(8):
-                y = launch(y, norm, EPS)
-            return y.realize()
+        chain = chain_launches(lambda y, weight: launch(y, weight, EPS), x, [norm] * 8)
         return chain, 8, 2 * x.nbytes() + norm.nbytes()
 
 
