@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.command_line import run_doctor
 from tinygrad import Tensor
 
 from tinyvllm.kernels import cpu
 
 from tinyvllm.cli import doctor
-from tinyvllm.cli.main import main
 from tinyvllm.cli.doctor import CHECKS, TOLERANCE, Check, guard_allocator, run_check
 from tinyvllm.kernels.cases import (DECODE, KV_WRITE, MATVEC, PREFILL_STARTS, REAL, SIMULATED, mixed_shape,
                                     relative_error)
@@ -25,23 +25,13 @@ def untimed(monkeypatch):
     monkeypatch.setattr(doctor, 'measure_launch', lambda *_: (None, None))
 
 
-def run(capsys, *args):
-    "Exit code, standard output and standard error of `tinyvllm doctor` here, on the CPU."
-    try:
-        code = main(['doctor', '--device', 'CPU', *map(str, args)])
-    except SystemExit as stop:
-        code = stop.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
-
-
 def rng(seed=0):
     return np.random.default_rng(seed)
 
 
 def test_every_kernel_of_the_cpu_is_right(capsys, untimed, monkeypatch):
     monkeypatch.setattr(doctor, 'run_coverage', lambda *_: doctor.Row('engines', 'CPU', 9, None, 0, True))
-    code, out, _ = run(capsys, '--cases', 3, '--json')
+    code, out, _ = run_doctor(capsys, '--cases', 3, '--json')
     rows = json.loads(out)
     here = [(f'{c.name} {dtype}', min(3, c.most or 3)) for c in CHECKS if 'CPU' in c.devices for dtype in c.dtypes]
     assert code == 0 and [(r['kernel'], r['cases']) for r in rows] == here + [('engines', 9)] and len(here) >= 30
@@ -51,7 +41,7 @@ def test_every_kernel_of_the_cpu_is_right(capsys, untimed, monkeypatch):
 
 
 def test_the_table_says_where_and_how_fast(capsys):
-    code, out, _ = run(capsys, '--cases', 2, '--kernel', 'cpu.kv_write', '--seed', 7)
+    code, out, _ = run_doctor(capsys, '--cases', 2, '--kernel', 'cpu.kv_write', '--seed', 7)
     head, _, titles, rule, *rows = out.splitlines()
     assert code == 0 and all(word in head for word in ('tinyvllm', 'tinygrad', 'CPU on', 'seed 7'))
     assert [x.strip() for x in titles.split('|')[1:-1]] == [
@@ -82,14 +72,14 @@ BROKEN = {
 def test_a_broken_kernel_is_named(capsys, untimed, monkeypatch, what):
     kernel, change, name, says = BROKEN[what]
     monkeypatch.setattr(cpu, kernel, with_constants(getattr(cpu, kernel), **change))
-    code, out, err = run(capsys, '--cases', 4, '--kernel', name)
+    code, out, err = run_doctor(capsys, '--cases', 4, '--kernel', name)
     assert code == 1 and '**NO**' in out and f'{name} float' in out and 'Traceback' not in out + err
     assert says in out[out.rindex('**NO**'):]
 
 
 def test_json_of_a_broken_kernel_is_json(capsys, untimed, monkeypatch):
     monkeypatch.setattr(cpu, 'KV_WRITE', with_constants(cpu.KV_WRITE, TOKENS=lambda x: x - 1))
-    code, out, err = run(capsys, '--cases', 2, '--kernel', 'cpu', '--json')
+    code, out, err = run_doctor(capsys, '--cases', 2, '--kernel', 'cpu', '--json')
     failed = [row for row in json.loads(out) if not row['ok']]
     assert code == 1 and {row['kernel'] for row in failed} == {
         'cpu.kv_write float16', 'cpu.kv_write float32', 'cpu.kv_write[far] float16'}
@@ -132,7 +122,7 @@ def test_guards_leave_the_allocator_as_it_was():
 @pytest.mark.parametrize('args, says', [(['--kernel', 'softmax.dance'], 'softmax.dance'), (['--cases', '0'], '--cases'),
                                         (['--seed', '-1'], '--seed'), (['--cases', 'many'], '--cases')])
 def test_a_mistake_is_one_line_and_exit_2(capsys, args, says):
-    code, out, err = run(capsys, *args)
+    code, out, err = run_doctor(capsys, *args)
     assert code == 2 and out == '' and says in err and err.count('\n') == 1
 
 
@@ -144,7 +134,7 @@ def test_a_device_without_kernels_says_so():
 
 
 def test_help_has_examples(capsys):
-    code, out, _ = run(capsys, '--help')
+    code, out, _ = run_doctor(capsys, '--help')
     assert code == 0 and out.count('tinyvllm doctor ') >= 5 and 'exit code' in out
 
 

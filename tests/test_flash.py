@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from tinygrad import Device, GlobalCounters, Tensor, TinyJit, dtypes
+from support.metal_cases import unlinted  # noqa: F401
 from support.tensor_cores import simulate
 
 from tinyvllm.kernels import flash as module
@@ -26,14 +27,6 @@ from tinyvllm.models.weights import tiny_checkpoint
 
 simulator = pytest.mark.skipif(sys.platform != 'linux', reason='a Mac has the real one')
 TOLERANCE = {'float16': 2e-3, 'float32': 1e-5}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def unlinted():
-    "CUDA's texts are simulated with the simulator's own words, which Metal has not; `test_lint` looks at Metal's."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('METALSIM_LINT', '0')
-        yield
 
 
 def step(rng, new, past, H=4, K=2, D=16, S=8, padding=0, dtype='float16', scale=1.0) -> Case:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from support.linear_cores import FORMATS, multiple, numbers, packed, simulate
+from support.metal_cases import unlinted  # noqa: F401
 from tinygrad import Tensor, TinyJit, dtypes
 
 from tinyvllm.kernels import linear_gpu as module
@@ -35,14 +36,6 @@ STREAMS = [dict(TILES=1, WARPS=2, DEPTH=2, RESIDENT=1), dict(TILES=2, WARPS=3, D
 BLOCKS = [dict(BM=32, BN=32, BK=32, STAGES=3, WM=1, WN=2, RESIDENT=1),
           dict(BM=32, BN=64, BK=64, STAGES=2, WM=2, WN=2, RESIDENT=1),
           dict(BM=64, BN=32, BK=32, STAGES=4, WM=2, WN=1, RESIDENT=1)]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def unlinted():
-    "CUDA's texts are simulated with the simulator's own words, which Metal has not; `test_lint` looks at Metal's."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('METALSIM_LINT', '0')
-        yield
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.command_line import run_doctor
 from tinygrad import Device
 
 from tinyvllm.cli import doctor, report, report_sections
-from tinyvllm.cli.main import main, parser
+from tinyvllm.cli.main import parser
 from tinyvllm.cli.measurements import Workload
 from tinyvllm.cli.report import FORMAT, ISSUES, VERSION, OutOfTime, format_summary, remove_private, write_report
 from tinyvllm.cli.report_sections import SECTIONS, Plan, Section, counting_syncs, identity, unusual
@@ -38,16 +39,6 @@ def read(path):
 
 def checks(name):
     return [check for check in doctor.CHECKS if check.name == name]
-
-
-def run(capsys, *args):
-    "Exit code, standard output and standard error of `tinyvllm doctor` here, on the CPU."
-    try:
-        code = main(['doctor', '--device', 'CPU', *map(str, args)])
-    except SystemExit as stop:
-        code = stop.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 def sections(calls, seconds=60, **parts):
@@ -275,14 +266,14 @@ def test_a_file_that_is_not_of_this_run_is_left_alone(tmp_path, what):
     (['--report'], 'expected one argument')])
 def test_a_mistake_is_one_line_and_exit_2(capsys, monkeypatch, tmp_path, args, says):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *args)
+    code, out, err = run_doctor(capsys, *args)
     assert code == 2 and out == '' and says in err and err.count('\n') == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('result, code', [({}, 0), (dict(ok=False, wrong='no'), 1), (RuntimeError('gone'), 1)])
 def test_exit_code_and_last_lines(capsys, monkeypatch, tmp_path, result, code):
     monkeypatch.setattr(report.write_report, '__defaults__', (False, sections([], a=result)))
-    got, out, err = run(capsys, '--report', tmp_path / 'mac.json')
+    got, out, err = run_doctor(capsys, '--report', tmp_path / 'mac.json')
     assert got == code and 'Traceback' not in err and out.splitlines()[-2].endswith(ISSUES)
 
 
